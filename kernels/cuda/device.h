@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The CUDA device as the runtime needs it, in plain C. kernels/cuda/device.c, or device_none.c in a build without CUDA,
+ * where every call answers MOE_ERROR_NO_DEVICE. */
+#ifndef MOE_KERNELS_CUDA_DEVICE_H
+#define MOE_KERNELS_CUDA_DEVICE_H
+
+#include <stdbool.h>
+
+#include "kernels/kernels.h"
+
+struct moe_cuda_facts {
+    char name[256];
+    int32_t sms;
+    int32_t compute_capability;
+    uint64_t memory_bytes, l2_bytes;
+};
+
+bool moe_cuda_built(void);
+/* Why there is no device goes to err: no driver, no GPU, index out of range, too old. */
+moe_status moe_cuda_open(int32_t device, struct moe_cuda_facts *facts, struct moe_error *err);
+moe_status moe_cuda_alloc(int32_t device, size_t bytes, void **pointer, struct moe_error *err);
+void moe_cuda_free(int32_t device, void *pointer);
+moe_status moe_cuda_copy(int32_t device, void *to, const void *from, size_t bytes, void *stream, struct moe_error *err);
+moe_status moe_cuda_synchronize(int32_t device, void *stream, struct moe_error *err);
+/* Makes `device` current for this thread and says whether `stream` is being captured. */
+moe_status moe_cuda_enter(int32_t device, void *stream, bool *capturing, struct moe_error *err);
+
+/* Pinned staging for loading: two or more buffers, each with an event that says when its copy is done. */
+struct moe_cuda_stage;
+moe_status moe_cuda_stage_create(int32_t device, size_t bytes, struct moe_cuda_stage **stage, struct moe_error *err);
+/* The next buffer, free to be written; waits for the copy that last used it. */
+moe_status moe_cuda_stage_next(struct moe_cuda_stage *stage, void **host, struct moe_error *err);
+/* Starts the copy of that buffer's first `bytes` to the device. */
+moe_status moe_cuda_stage_send(struct moe_cuda_stage *stage, void *device, size_t bytes, struct moe_error *err);
+/* Waits for all copies and frees; accepts NULL. */
+moe_status moe_cuda_stage_destroy(struct moe_cuda_stage *stage, struct moe_error *err);
+
+#endif

@@ -1,0 +1,119 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The operations of the layer, one contract each. A path (runtime/paths.c) is a list of steps; a step runs one of these
+ * functions on a moe_call. Every implementation of an operation reads and writes exactly what the contract says, so that
+ * tests can swap one for another.
+ *
+ * Notation: T tokens, H hidden, I intermediate, G groups (= experts here), S slots, R rows in the plan (known only on
+ * the device, R <= T * S). Sums are in fp32 or better; "rounds" is round to nearest even.
+ */
+#ifndef MOE_KERNELS_KERNELS_H
+#define MOE_KERNELS_KERNELS_H
+
+#include "config/error.h"
+#include "router/router.h"
+
+struct moe_pool;   /* kernels/cpu/pool.h */
+struct moe_cublas; /* kernels/cuda/cublas/cublas.h */
+
+/* A stack of E row-major matrices: data[E][rows][cols], contiguous. */
+struct moe_weights_view {
+    const void *data;
+    moe_dtype dtype;
+    int32_t experts;
+    int64_t rows, cols;
+};
+
+/* What a device lends to a call. Created with the context, shared by all its calls. */
+struct moe_exec {
+    moe_device device;
+    struct moe_pool *pool;     /* CPU */
+    int32_t sms;               /* CUDA */
+    int32_t compute_capability;
+    struct moe_cublas *cublas; /* CUDA, NULL if cuBLAS is not on the machine */
+};
+
+/* One forward: where everything is. All pointers are on exec's device. */
+struct moe_call {
+    const struct moe_exec *exec;
+    void *stream;
+    struct moe_error *error;
+    int32_t max_sms; /* 0: all */
+
+    int64_t tokens, hidden, intermediate; /* T, H, I */
+    int32_t slots;                        /* S */
+    moe_dtype dtype;                      /* of weights and operands */
+    moe_activation activation;
+    struct moe_weights_view w13; /* [G][2I][H]: gate rows, then up rows */
+    struct moe_weights_view w2;  /* [G][H][I] */
+
+    moe_dtype io_dtype;   /* of input and output */
+    const void *input;    /* [T, H] io_dtype */
+    void *output;         /* [T, H] io_dtype */
+
+    struct moe_gate_args gate; /* gate.x = x; its outputs feed plan.ids and plan.weights in a whole forward */
+    struct moe_plan_args plan;
+
+    /* Workspace, carved by runtime/workspace.c; NULL where the path's needs (below) leave it out. */
+    void *x;       /* [T, H] dtype: `input` itself if io_dtype == dtype, else converted by the entry step */
+    void *rows;    /* [T * S, H] dtype: gathered input rows, in plan order */
+    void *gate_up; /* [T * S, 2I] dtype (fp32 on the reference path): GEMM 1's result, gate columns then up columns */
+    void *act;     /* [T * S, I] dtype (fp32 on the reference path): activation(gate) * up */
+    void *down;    /* [T * S, H] dtype (fp32 on the reference and cpu paths): GEMM 2's result, not yet weighted */
+    void *scratch; /* as many bytes as the path's scratch function says */
+    size_t scratch_bytes;
+};
+
+typedef moe_status (*moe_step_fn)(const struct moe_call *call);
+
+/*
+ * entry       input -> x, rounding where dtypes differ; nothing to do where they are the same
+ * logits      x, gate -> gate.logits          (router.h)
+ * topk        gate.logits -> ids, weights     (router.h)
+ * plan        ids, weights -> plan            (router.h)
+ * gather      rows[r] = x[row_token[r]], r < R
+ * gemm1       gate_up[r] = rows[r] . w13[group of r]^T
+ * activation  act[r] = silu(gate_up[r][0, I)) * gate_up[r][I, 2I)
+ * gemm2       down[r] = act[r] . w2[group of r]^T
+ * combine     output[t] = sum over slots s with slot_row[t][s] >= 0, in slot order, of row_weight * down[row], in fp32,
+ *             rounded once; zero for a token without rows
+ */
+
+/* kernels/ref: plain C. gate_up, act and down are fp32 there, so that only input and output round. */
+moe_status moe_entry_ref(const struct moe_call *call);
+moe_status moe_gather_ref(const struct moe_call *call);
+moe_status moe_gemm1_ref(const struct moe_call *call);
+moe_status moe_activation_ref(const struct moe_call *call);
+moe_status moe_gemm2_ref(const struct moe_call *call);
+moe_status moe_combine_ref(const struct moe_call *call);
+
+/* kernels/cpu: all cores. gemm1 gathers and applies the activation while it runs: x, plan -> act (dtype). */
+moe_status moe_entry_cpu(const struct moe_call *call);
+moe_status moe_logits_cpu(const struct moe_call *call);
+moe_status moe_topk_cpu(const struct moe_call *call);
+moe_status moe_gemm1_cpu(const struct moe_call *call);
+moe_status moe_gemm2_cpu(const struct moe_call *call);
+moe_status moe_combine_cpu(const struct moe_call *call);
+size_t moe_scratch_cpu(const struct moe_call *call);
+
+/* kernels/cuda/move */
+moe_status moe_entry_cuda(const struct moe_call *call);
+moe_status moe_gather_cuda(const struct moe_call *call);
+moe_status moe_activation_cuda(const struct moe_call *call);
+moe_status moe_combine_cuda(const struct moe_call *call);
+
+/* kernels/cuda/simple: gemm1 reads x through row_token (no gathered copy). */
+moe_status moe_gemm1_simple(const struct moe_call *call);
+moe_status moe_gemm2_simple(const struct moe_call *call);
+
+/* kernels/cuda/cublas: these read the counts on the host and wait for the stream. moe_ffn_padded gathers into its
+ * scratch itself and covers gather to gemm2, leaving `down` in plan order. */
+moe_status moe_gemm1_cublas_loop(const struct moe_call *call);
+moe_status moe_gemm2_cublas_loop(const struct moe_call *call);
+moe_status moe_gemm1_cublas_grouped(const struct moe_call *call);
+moe_status moe_gemm2_cublas_grouped(const struct moe_call *call);
+moe_status moe_ffn_padded(const struct moe_call *call);
+size_t moe_scratch_cublas(const struct moe_call *call);
+size_t moe_scratch_padded(const struct moe_call *call);
+
+#endif

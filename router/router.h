@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Who goes where: the gate (logits -> top-k ids and weights) and the plan (ids -> rows grouped by expert). Each has a
+ * plain C form (_ref, host pointers) and a CUDA form (_cuda, device pointers, enqueued on `stream`); both produce the
+ * same plan bit for bit from the same ids.
+ */
+#ifndef MOE_ROUTER_ROUTER_H
+#define MOE_ROUTER_ROUTER_H
+
+#include "moe.h"
+
+/* T tokens, H hidden, E experts, K top_k. */
+struct moe_gate_args {
+    int64_t tokens, hidden;
+    int32_t experts, top_k;
+    moe_dtype x_dtype, gate_dtype;
+    moe_dtype logits_dtype;      /* logits accumulate in fp32, then round to this */
+    moe_dtype topk_weight_dtype; /* weights are computed in fp32, then round to this */
+    int32_t renormalize;
+    const void *x;    /* [T, H] */
+    const void *gate; /* [E, H] */
+    float *logits;    /* [T, E] */
+    int32_t *ids;     /* [T, K], by falling logit, ties to the lowest id; NaN counts as the largest */
+    float *weights;   /* [T, K] */
+};
+
+/* x and gate -> logits. */
+void moe_logits_ref(const struct moe_gate_args *args);
+/* logits -> ids and weights, for tokens [begin, end): softmax over all E in fp32, top-k, optional division by the sum
+ * of the K. */
+void moe_topk_ref(const struct moe_gate_args *args, int64_t begin, int64_t end);
+
+moe_status moe_logits_cuda(const struct moe_gate_args *args, int32_t max_sms, void *stream);
+moe_status moe_topk_cuda(const struct moe_gate_args *args, void *stream);
+
+/*
+ * The plan. G groups (sets of weights), T tokens with S slots each; rows of one group stand together, in the order of
+ * (token, slot), so that results do not depend on timing. R = offsets[G] <= T * S rows are in use. An id outside
+ * [0, experts), or one that expert_group maps to -1, gets no row. The same id twice in a token gets two rows.
+ */
+struct moe_plan {
+    int32_t *counts;     /* [G] */
+    int32_t *offsets;    /* [G + 1] */
+    int32_t *row_token;  /* [T * S], the first R in use */
+    int32_t *row_slot;   /* [T * S] */
+    float *row_weight;   /* [T * S] */
+    int32_t *slot_row;   /* [T, S]: the row of that slot, -1: none */
+};
+
+struct moe_plan_args {
+    int64_t tokens;
+    int32_t slots;
+    int32_t experts;
+    int32_t groups;
+    const int32_t *expert_group; /* [experts], or NULL: group = expert, groups = experts */
+    const void *ids;             /* [T, S], ids_dtype */
+    moe_dtype ids_dtype;         /* MOE_I32 or MOE_I64 */
+    const float *weights;        /* [T, S] */
+    struct moe_plan plan;
+    void *scratch;               /* moe_plan_scratch_bytes, on the device that runs it */
+};
+
+/* T * S must be at most INT32_MAX. */
+size_t moe_plan_scratch_bytes(int64_t tokens, int32_t slots, int32_t groups);
+void moe_plan_ref(const struct moe_plan_args *args);
+moe_status moe_plan_cuda(const struct moe_plan_args *args, void *stream);
+
+#endif
