@@ -38,8 +38,11 @@ moe_status moe_context_report(moe_context *ctx, moe_status status, const struct 
 void moe_context_log(const moe_context *ctx, moe_log_level level, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
-/* True if a caller's struct is as large as the first version of it; the text names the struct. */
-bool moe_struct_ok(size_t size, size_t needed, const char *name, struct moe_error *err);
+/* True if a caller's struct (which begins with its size) has the `known` bytes of this version, and nothing set beyond
+ * them. */
+bool moe_struct_ok(const void *given, size_t known, const char *name, struct moe_error *err);
+/* Fills a caller's struct from ours, keeping its size. */
+moe_status moe_struct_out(void *given, const void *filled, size_t known, const char *name, struct moe_error *err);
 
 /* ---- Stages, steps and paths (paths.c) ---- */
 
@@ -80,11 +83,29 @@ struct moe_path_info {
     const char *why_not;                            /* if steps is NULL */
 };
 
+/* NULL for AUTO and for a number that is no path. */
 const struct moe_path_info *moe_path_info_get(moe_path path);
+
+/* The path that a batch of `tokens` runs on (choose.c), with the reason for or against it in `why`. */
+moe_status moe_choose(const moe_layer *layer, moe_path wanted, int64_t tokens, const struct moe_path_info **info,
+                      struct moe_error *why);
 
 /* ---- Workspace (workspace.c): one function both sizes and carves ---- */
 
 /* Fills the buffers of `call` from `workspace`, or with workspace NULL only counts. Returns the bytes needed. */
 size_t moe_workspace_carve(struct moe_call *call, const struct moe_path_info *path, void *workspace);
+
+/* ---- A call (call.c): a layer and a batch, checked and laid out for the path that runs it ---- */
+
+/* For sizes alone: shapes and dtypes of `layer`, no pointers. The caller has checked tokens and slots (moe_rows_ok). */
+void moe_call_shape(struct moe_call *call, const moe_layer *layer, int64_t tokens, int32_t slots, moe_dtype io_dtype);
+
+/* The bounds that keep every size in this library inside its type. */
+bool moe_rows_ok(int64_t tokens, int32_t slots, struct moe_error *err);
+
+/* Checks the batch for the stages wanted, chooses the path and carves the workspace. */
+moe_status moe_call_prepare(struct moe_call *call, const moe_layer *layer, const moe_batch *batch, unsigned stages,
+                            void *workspace, size_t bytes, void *stream, const struct moe_path_info **path,
+                            struct moe_error *err);
 
 #endif

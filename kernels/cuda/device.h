@@ -22,8 +22,10 @@ moe_status moe_cuda_alloc(int32_t device, size_t bytes, void **pointer, struct m
 void moe_cuda_free(int32_t device, void *pointer);
 moe_status moe_cuda_copy(int32_t device, void *to, const void *from, size_t bytes, void *stream, struct moe_error *err);
 moe_status moe_cuda_synchronize(int32_t device, void *stream, struct moe_error *err);
-/* Makes `device` current for this thread and says whether `stream` is being captured. */
-moe_status moe_cuda_enter(int32_t device, void *stream, bool *capturing, struct moe_error *err);
+/* Makes `device` current for this thread, remembers which one was in *previous, and says whether `stream` is being
+ * captured. After success moe_cuda_leave(*previous) puts the thread's device back. */
+moe_status moe_cuda_enter(int32_t device, void *stream, int32_t *previous, bool *capturing, struct moe_error *err);
+void moe_cuda_leave(int32_t previous);
 
 /* Pinned staging for loading: two or more buffers, each with an event that says when its copy is done. */
 struct moe_cuda_stage;

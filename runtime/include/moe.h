@@ -327,7 +327,8 @@ MOE_API moe_status moe_layer_weights_get(const moe_layer *layer, moe_layer_weigh
 
 #define MOE_WORKSPACE_ALIGNMENT 256
 
-/* One batch of tokens. Pointers are on the context's device. hidden_states and output must not overlap. */
+/* One batch of tokens. Pointers are on the context's device; hidden_states and output are aligned to 16 bytes and do not
+ * overlap. */
 typedef struct moe_batch {
     size_t size;
     int64_t tokens;            /* 0 is legal */
