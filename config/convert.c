@@ -3,7 +3,7 @@
 
 void moe_convert(void *to, moe_dtype to_dtype, const void *from, moe_dtype from_dtype, int64_t count)
 {
-    if (to_dtype == from_dtype) {
+    if (to_dtype == from_dtype && count > 0) { /* memcpy takes no NULL, not even for nothing */
         memcpy(to, from, (size_t)count * moe_dtype_size(to_dtype));
         return;
     }

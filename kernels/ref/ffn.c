@@ -52,7 +52,7 @@ moe_status moe_activation_ref(const struct moe_call *call)
     int32_t rows = call->plan.plan.offsets[call->plan.groups];
 
     for (int32_t r = 0; r < rows; r++) {
-        const float *gate = (const float *)call->gate_up + r * 2 * width, *up = gate + width;
+        const float *gate = (const float *)call->gate_up + 2 * width * r, *up = gate + width;
         float *act = (float *)call->act + r * width;
 
         for (int64_t i = 0; i < width; i++)
