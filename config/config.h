@@ -6,13 +6,17 @@
 #include "config/error.h"
 #include "config/family.h"
 
+/* The largest hidden or intermediate size. With MOE_MAX_EXPERTS it keeps the bytes of a layer far from 2^63. */
+#define MOE_MAX_SIZE (1 << 20)
+
 struct moe_config {
     const struct moe_family *family;
     char model_type[64];
     int32_t num_layers;
-    moe_layer_desc layer; /* dtype and gate_dtype as config.json says; the tensors have the last word */
+    moe_layer_desc layer; /* dtype and gate_dtype as config.json says, MOE_DTYPE_NONE if it says none;
+                             the tensors have the last word */
     /* which layers are sparse, by family->sparse_rule */
-    int32_t sparse_step;              /* MOE_SPARSE_STEP: (N + 1) % step == 0 */
+    int32_t sparse_step;                /* MOE_SPARSE_STEP: (N + 1) % step == 0 */
     int32_t *dense_layers, dense_count; /* MOE_SPARSE_STEP: mlp_only_layers */
 };
 

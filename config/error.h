@@ -5,6 +5,10 @@
 
 #include "moe.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 struct moe_error {
     char text[1024];
 };
@@ -16,5 +20,9 @@ struct moe_error {
 __attribute__((format(printf, 3, 4)))
 #endif
 moe_status moe_fail(struct moe_error *err, moe_status status, const char *format, ...);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

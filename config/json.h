@@ -22,7 +22,7 @@ moe_status moe_json_load(const char *path, size_t limit, cJSON **root, struct mo
 /* The member of that exact name, or NULL. */
 const cJSON *moe_json_get(const cJSON *object, const char *key);
 
-/* True, and the value in *value, if item is a number that is exactly an integer in [low, high], |bounds| <= 2^53. */
+/* True, and the value in *value, if item is a number that is exactly an integer in [low, high], |bounds| < 2^53. */
 bool moe_json_integer(const cJSON *item, int64_t low, int64_t high, int64_t *value);
 
 /* Writes a short printable form of a value ("-3", "\"abc\"", "an array") for messages; returns buffer. */

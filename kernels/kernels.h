@@ -13,6 +13,10 @@
 #include "config/error.h"
 #include "router/router.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 struct moe_pool;   /* kernels/cpu/pool.h */
 struct moe_cublas; /* kernels/cuda/cublas/cublas.h */
 
@@ -115,5 +119,9 @@ moe_status moe_gemm2_cublas_grouped(const struct moe_call *call);
 moe_status moe_ffn_padded(const struct moe_call *call);
 size_t moe_scratch_cublas(const struct moe_call *call);
 size_t moe_scratch_padded(const struct moe_call *call);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -9,12 +9,13 @@
 struct moe_model;
 
 /* Opens config.json and either model.safetensors (which wins, as in transformers) or model.safetensors.index.json with
- * the shards that it names. Shards are opened and checked when first needed by moe_model_layer, except that
- * moe_model_open checks that each exists. */
+ * the shards that it names. A shard is opened and checked when moe_model_layer first needs it, and may be missing until
+ * then: a layer that lies wholly in the shards at hand loads. */
 moe_status moe_model_open(const char *directory, struct moe_model **model, struct moe_error *err);
 void moe_model_close(struct moe_model *model);
 const struct moe_config *moe_model_config(const struct moe_model *model);
 const char *moe_model_directory(const struct moe_model *model);
+/* The safetensors files that belong to the checkpoint, and the bytes of those that are there. */
 int32_t moe_model_file_count(const struct moe_model *model);
 uint64_t moe_model_file_bytes(const struct moe_model *model);
 
@@ -28,8 +29,8 @@ enum moe_part {
 
 /* One contiguous run of bytes from a file into a part. */
 struct moe_segment {
-    int file;             /* descriptor, open as long as the model is */
-    const char *path;     /* for messages */
+    int file;         /* descriptor, open as long as the model is */
+    const char *path; /* for messages */
     uint64_t file_offset;
     uint64_t bytes;
     enum moe_part part;
@@ -46,7 +47,8 @@ struct moe_layer_source {
 };
 
 /* Finds layer `index` and checks that all its tensors are there, with the right shape and one dtype; an error names
- * the layer, the tensor and the file. Free with moe_layer_source_free. Thread-safe for one model. */
+ * the layer, the tensor and the file. MOE_ERROR_FILE; MOE_ERROR_INVALID_ARGUMENT for a layer number that the model has
+ * not. Free with moe_layer_source_free. Thread-safe for one model. */
 moe_status moe_model_layer(struct moe_model *model, int32_t index, struct moe_layer_source *source,
                            struct moe_error *err);
 void moe_layer_source_free(struct moe_layer_source *source);

@@ -37,7 +37,7 @@ int moe_st_descriptor(const struct moe_st_file *file);
 uint64_t moe_st_size(const struct moe_st_file *file);
 size_t moe_st_count(const struct moe_st_file *file);
 const struct moe_st_tensor *moe_st_at(const struct moe_st_file *file, size_t i); /* in data order */
-/* By hash; NULL if there is none. */
+/* By binary search; NULL if there is none. */
 const struct moe_st_tensor *moe_st_find(const struct moe_st_file *file, const char *name);
 const void *moe_st_data(const struct moe_st_file *file, const struct moe_st_tensor *tensor);
 

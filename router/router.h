@@ -9,6 +9,10 @@
 
 #include "moe.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* T tokens, H hidden, E experts, K top_k. */
 struct moe_gate_args {
     int64_t tokens, hidden;
@@ -60,9 +64,16 @@ struct moe_plan_args {
     void *scratch;               /* moe_plan_scratch_bytes, on the device that runs it */
 };
 
-/* T * S must be at most INT32_MAX. */
+/* The CUDA form counts each block of this many (token, slot) pairs by itself: its scratch is int32 [blocks][groups]. */
+enum { MOE_PLAN_BLOCK = 1024 };
+
+/* T * S must be at most INT32_MAX. Serves both forms (plan_ref.c). */
 size_t moe_plan_scratch_bytes(int64_t tokens, int32_t slots, int32_t groups);
 void moe_plan_ref(const struct moe_plan_args *args);
 moe_status moe_plan_cuda(const struct moe_plan_args *args, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -1,0 +1,251 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A product (ops.h), for the vectors of the including file, which defines before
+ *
+ *   PER_UNIT                                     elements of the depth in a unit
+ *   units_mac(acc, w, x)                         acc + w * x, unit by unit
+ *   units_load(p, dtype), units_load_part(p, dtype, elements)   LANES units from memory; the part is filled with zeros
+ *   DOT_ROWS(tokens)                             rows that dot() takes at a time
+ *
+ * and gets `static const struct moe_cpu_product product`.
+ *
+ * Loops over small constant counts are unrolled by the compiler, so that the arrays of vectors live in registers.
+ */
+#include "kernels/cpu/ops.h"
+
+enum { STEP = LANES * PER_UNIT /* elements of a vector of units */ };
+
+/* LANES units of a row from element k on, zeros where it has ended. */
+INLINE vf row_units(const void *row, moe_dtype dtype, int64_t k, int64_t depth)
+{
+    const char *from = (const char *)row + (size_t)k * moe_dtype_size(dtype);
+
+    if (k + STEP <= depth)
+        return units_load(from, dtype);
+    return k < depth ? units_load_part(from, dtype, (int)(depth - k)) : vf_set(0);
+}
+
+INLINE int64_t padded_units(int64_t depth)
+{
+    return (depth + PER_UNIT * MOE_CPU_PAD - 1) / (PER_UNIT * MOE_CPU_PAD) * MOE_CPU_PAD;
+}
+
+static void pack_panel(float *to, int32_t width, const void *const *rows, int32_t count, moe_dtype dtype, int64_t depth)
+{
+    const int64_t units = padded_units(depth);
+
+    for (int64_t u = 0; u < units; u += LANES)
+        for (int32_t first = 0; first < width; first += LANES) {
+            vf v[LANES];
+            for (int i = 0; i < LANES; i++)
+                v[i] = first + i < count ? row_units(rows[first + i], dtype, u * PER_UNIT, depth) : vf_set(0);
+            vf_transpose(v);
+            for (int i = 0; i < LANES; i++)
+                vf_store(to + (u + i) * width + first, v[i]);
+        }
+}
+
+static void pack_rows(float *to, const void *const *rows, int32_t count, moe_dtype dtype, int64_t depth)
+{
+    const int64_t units = padded_units(depth), block = moe_cpu_dot_units(count);
+
+    for (int64_t from = 0; from < units; from += block) {
+        const int64_t end = from + block < units ? from + block : units;
+        for (int32_t i = 0; i < count; i++)
+            for (int64_t u = from; u < end; u += LANES, to += LANES)
+                vf_store(to, row_units(rows[i], dtype, u * PER_UNIT, depth));
+    }
+}
+
+INLINE void load_rows(float *block, const struct moe_cpu_weights *w, int32_t rows, int64_t depth, moe_dtype dtype)
+{
+    const size_t size = dtype == MOE_F32 ? 4 : 2;
+
+    for (int32_t r = 0; r < rows; r++) {
+        const char *row = w->data + (size_t)r * w->row_bytes;
+        float *to = block + r * MOE_CPU_STRIDE;
+        int64_t k = 0;
+
+        for (; k + STEP <= depth; k += STEP)
+            vf_store(to + k / PER_UNIT, units_load(row + (size_t)k * size, dtype));
+        for (; k % (PER_UNIT * MOE_CPU_PAD) != 0 || k < depth; k += STEP)
+            vf_store(to + k / PER_UNIT,
+                     k < depth ? units_load_part(row + (size_t)k * size, dtype, (int)(depth - k)) : vf_set(0));
+    }
+}
+
+static void load(float *block, const struct moe_cpu_weights *w, int32_t rows, int64_t depth)
+{
+    switch (w->dtype) {
+    case MOE_BF16:
+        load_rows(block, w, rows, depth, MOE_BF16);
+        break;
+#if PER_UNIT == 1
+    case MOE_F16:
+        load_rows(block, w, rows, depth, MOE_F16);
+        break;
+    default:
+        load_rows(block, w, rows, depth, MOE_F32);
+#else
+    default:
+        break;
+#endif
+    }
+}
+
+/* Sums of a block of the depth begin at zero and are added to c at its end: shorter chains, smaller errors. */
+INLINE void tile_vectors(float *c, int64_t ldc, const float *block, const float *panel, int64_t units, bool add,
+                         const struct moe_cpu_ahead *ahead, const int vectors)
+{
+    vf acc[BLOCK_ROWS][2];
+
+    for (int r = 0; r < BLOCK_ROWS; r++)
+        for (int v = 0; v < vectors; v++)
+            acc[r][v] = vf_set(0);
+    for (int64_t u = 0; u < units; u += MOE_CPU_PAD) {
+        if (ahead->data != NULL) {
+            uintptr_t line = (uintptr_t)ahead->data + (size_t)u * ahead->unit_bytes;
+            for (int r = 0; r < BLOCK_ROWS; r++, line += ahead->row_bytes)
+                __builtin_prefetch((const void *)line, 0, 2);
+        }
+        for (int i = 0; i < MOE_CPU_PAD; i++) {
+            vf x[2];
+            for (int v = 0; v < vectors; v++)
+                x[v] = vf_load(panel + ((u + i) * vectors + v) * LANES);
+            for (int r = 0; r < BLOCK_ROWS; r++) {
+                vf w = vf_set(block[r * MOE_CPU_STRIDE + u + i]);
+                for (int v = 0; v < vectors; v++)
+                    acc[r][v] = units_mac(acc[r][v], w, x[v]);
+            }
+        }
+    }
+    for (int r = 0; r < BLOCK_ROWS; r++)
+        for (int v = 0; v < vectors; v++) {
+            float *to = c + r * ldc + v * LANES;
+            vf_store(to, add ? vf_add(vf_load(to), acc[r][v]) : acc[r][v]);
+        }
+}
+
+static void tile(float *c, int64_t ldc, const float *block, const float *panel, int32_t width, int64_t units, bool add,
+                 const struct moe_cpu_ahead *ahead)
+{
+    if (width == LANES)
+        tile_vectors(c, ldc, block, panel, units, add, ahead, 1);
+    else
+        tile_vectors(c, ldc, block, panel, units, add, ahead, 2);
+}
+
+/* One weight row of each of `rows` streams, `stride` bytes apart, by all tokens; the next rows are `ahead` bytes on. */
+INLINE void dot_block(float *c, int64_t ldc, const char *w, size_t stride, intptr_t ahead, const float *x,
+                      int64_t x_stride, int64_t depth, bool add, moe_dtype dtype, const int rows, const int tokens)
+{
+    const size_t size = dtype == MOE_F32 ? 4 : 2;
+    vf acc[32];
+    int64_t k = 0;
+
+    for (int i = 0; i < 32; i++)
+        acc[i] = vf_set(0);
+    for (; k + STEP <= depth; k += STEP) {
+        vf wv[8];
+        for (int r = 0; r < rows; r++) {
+            const char *from = w + (size_t)r * stride + (size_t)k * size;
+            __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)ahead), 0, 3);
+            wv[r] = units_load(from, dtype);
+        }
+        for (int t = 0; t < tokens; t++) {
+            vf xv = vf_load(x + t * x_stride + k / PER_UNIT);
+            for (int r = 0; r < rows; r++)
+                acc[r * tokens + t] = units_mac(acc[r * tokens + t], wv[r], xv);
+        }
+    }
+    if (k < depth)
+        for (int r = 0; r < rows; r++) {
+            vf wv = units_load_part(w + (size_t)r * stride + (size_t)k * size, dtype, (int)(depth - k));
+            for (int t = 0; t < tokens; t++)
+                acc[r * tokens + t] = units_mac(acc[r * tokens + t], wv, vf_load(x + t * x_stride + k / PER_UNIT));
+        }
+    float sums[32];
+    for (int i = 0; i < rows * tokens; i += 4)
+        vf_sum4(sums + i, acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++)
+            c[r * ldc + t] = add ? c[r * ldc + t] + sums[r * tokens + t] : sums[r * tokens + t];
+}
+
+/*
+ * The rows are read as DOT_ROWS streams, each of consecutive rows: what prefetchers like, and a vector of x serves all
+ * of them. A depth that the first-level cache would not hold for all tokens is gone through in blocks.
+ */
+INLINE void dot_rows(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x,
+                     int64_t depth, moe_dtype dtype, const int tokens)
+{
+    const int streams = DOT_ROWS(tokens);
+    const int64_t span = rows / streams, whole = span * streams;
+    const int64_t block = moe_cpu_dot_units(tokens) * PER_UNIT;
+    const size_t size = dtype == MOE_F32 ? 4 : 2;
+
+    for (int64_t k = 0; k < depth; k += block) {
+        const int64_t count = depth - k < block ? depth - k : block;
+        const int64_t x_stride = padded_units(count);
+        const float *xk = x + k / PER_UNIT * tokens;
+        const char *wk = w->data + (size_t)k * size;
+
+        for (int64_t r = 0; r < span; r++) {
+            intptr_t ahead = r + 1 < span ? (intptr_t)w->row_bytes
+                                          : (intptr_t)((size_t)block * size) - (intptr_t)(r * w->row_bytes);
+            dot_block(c + r * ldc, ldc * span, wk + (size_t)r * w->row_bytes, w->row_bytes * (size_t)span, ahead, xk,
+                      x_stride, count, k > 0, dtype, streams, tokens);
+        }
+        for (int64_t r = whole; r < rows; r++)
+            dot_block(c + r * ldc, ldc, wk + (size_t)r * w->row_bytes, 0, (intptr_t)w->row_bytes, xk, x_stride, count,
+                      k > 0, dtype, 1, tokens);
+    }
+}
+
+INLINE void dot_any(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x,
+                    int32_t tokens, int64_t depth, moe_dtype dtype)
+{
+    switch (tokens) {
+#define CASE(n)                                                                                                        \
+    case n:                                                                                                            \
+        dot_rows(c, ldc, w, rows, x, depth, dtype, n);                                                       \
+        break;
+        CASE(1)
+        CASE(2)
+#if MOST_DOT_TOKENS > 2
+        CASE(3)
+        CASE(4)
+#endif
+#if MOST_DOT_TOKENS > 4
+        CASE(5)
+        CASE(6)
+        CASE(7)
+        CASE(8)
+#endif
+#undef CASE
+    default:
+        break;
+    }
+}
+
+static void dot(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x, int32_t tokens,
+                int64_t depth)
+{
+    switch (w->dtype) {
+    case MOE_BF16:
+        dot_any(c, ldc, w, rows, x, tokens, depth, MOE_BF16);
+        break;
+#if PER_UNIT == 1
+    case MOE_F16:
+        dot_any(c, ldc, w, rows, x, tokens, depth, MOE_F16);
+        break;
+    default:
+        dot_any(c, ldc, w, rows, x, tokens, depth, MOE_F32);
+#else
+    default:
+        break;
+#endif
+    }
+}
+
+static const struct moe_cpu_product product = {PER_UNIT, pack_panel, pack_rows, load, tile, dot};

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// Host side of a kernel launch: its size, and what went wrong.
+#ifndef MOE_KERNELS_CUDA_COMMON_LAUNCH_CUH
+#define MOE_KERNELS_CUDA_COMMON_LAUNCH_CUH
+
+#include <cuda_runtime.h>
+
+#include "config/error.h"
+
+// After a launch. Reading the error also clears it, so that one failed call does not poison the next.
+static inline moe_status moe_launched(struct moe_error *err, const char *kernel)
+{
+    const cudaError_t e = cudaGetLastError();
+    if (e == cudaSuccess)
+        return MOE_OK;
+    if (e == cudaErrorNoKernelImageForDevice)
+        return moe_fail(err, MOE_ERROR_DEVICE, "%s: this build has no kernels for this GPU (option gpu_archs)", kernel);
+    return moe_fail(err, MOE_ERROR_DEVICE, "%s: %s", kernel, cudaGetErrorString(e));
+}
+
+// Blocks for a kernel whose blocks loop over `work` items: never more than there is work, on at most max_sms SMs if
+// that is set (one block on each), else per_sm on each of `sms`.
+static inline unsigned moe_grid(int64_t work, int32_t max_sms, int32_t sms, int32_t per_sm)
+{
+    const int64_t most = max_sms > 0 ? max_sms : (int64_t)sms * per_sm;
+    return (unsigned)(work < most ? work : most);
+}
+
+static inline int64_t moe_ceil_div(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
+static inline bool moe_aligned16(const void *p)
+{
+    return ((uintptr_t)p & 15) == 0;
+}
+
+#endif

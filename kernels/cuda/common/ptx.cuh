@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// The few instructions of compute capability 8.0 that have no intrinsic.
+#ifndef MOE_KERNELS_CUDA_COMMON_PTX_CUH
+#define MOE_KERNELS_CUDA_COMMON_PTX_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+// Starts a copy of 16 bytes to shared memory. Only the first `bytes` (0 to 16) are read, the rest becomes zero.
+static __device__ inline void moe_cp_async(void *shared, const void *global, int bytes)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
+                 "l"(global), "r"(bytes)
+                 : "memory");
+}
+
+// Closes the group of this thread's copies since the last commit; a group may be empty.
+static __device__ inline void moe_cp_async_commit()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most N of this thread's groups are unfinished.
+template <int N> __device__ inline void moe_cp_async_wait()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements. Lane 8i + r gives the address of row r of matrix i; of each matrix, lane l gets
+// elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
+static __device__ inline void moe_ldmatrix(uint32_t (&r)[4], const void *shared)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(shared))
+                 : "memory");
+}
+
+// d[16][8] += a[16][16] . b[8][16]^T, in fp32. Lane l holds of a: rows l / 4 and l / 4 + 8, columns 2 (l % 4) + {0, 1}
+// and the same + 8, as (row, +8 rows) of the first columns, then of the second; of b: row l / 4, the same columns; of
+// d: rows l / 4 and l / 4 + 8, columns 2 (l % 4) + {0, 1}.
+static __device__ inline void moe_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+static __device__ inline void moe_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#endif

@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0
+// A grouped GEMM, readable first: c[r] = a[row of r] . b[group of r]^T for all rows of the plan, one launch for groups
+// of any size. The host does not know the counts: as many blocks as the GPU holds walk all tiles, and find in the
+// plan's offsets which group a tile belongs to.
+#include "kernels/cuda/common/launch.cuh"
+#include "kernels/cuda/simple/tile.cuh"
+#include "kernels/kernels.h"
+
+namespace
+{
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+struct gemm {
+    const void *a;          // [..., k]
+    const int32_t *a_row;   // [R]: the row of `a` for row r of the plan; NULL: r itself
+    const void *b;          // [groups][n][k]
+    void *c;                // [R][n]
+    const int32_t *offsets; // [groups + 1]
+    int32_t groups, n, k;
+};
+
+// ---- Tiles: which group, which rows, which columns ----
+
+// Tiles are numbered group after group, and a block's numbers rise, so that it looks for the group from where it was.
+struct tile_walk {
+    int32_t group = 0;
+    int64_t before = 0; // tiles of the groups before `group`
+};
+
+// Moves the walk to the group that holds tile number `tile`; false: there are no more tiles. Called by whole warps,
+// each for itself: 32 groups a step.
+template <int BM> __device__ bool find_group(const gemm &g, int64_t columns, int64_t tile, tile_walk &walk)
+{
+    const int lane = threadIdx.x % 32;
+
+    while (walk.group < g.groups) {
+        const int32_t group = walk.group + lane;
+        const int64_t count = group < g.groups ? g.offsets[group + 1] - g.offsets[group] : 0;
+        const int64_t own = (count + BM - 1) / BM * columns;
+        int64_t sum = own;
+        for (int d = 1; d < 32; d *= 2) {
+            const int64_t v = __shfl_up_sync(ALL_LANES, sum, d);
+            if (lane >= d)
+                sum += v;
+        }
+        const unsigned past = __ballot_sync(ALL_LANES, walk.before + sum > tile);
+        const int last = past ? __ffs(past) - 1 : 31;
+        walk.before += __shfl_sync(ALL_LANES, past ? sum - own : sum, last);
+        if (past) {
+            walk.group += last;
+            return true;
+        }
+        walk.group += 32;
+    }
+    return false;
+}
+
+// Blocks that run at the same time should share weights and rows in L2: bands of 16 row tiles, in a band all columns,
+// the row tiles of a column following each other.
+__device__ inline void place_tile(int64_t index, int64_t row_tiles, int64_t columns, int64_t *row_tile, int64_t *column)
+{
+    constexpr int64_t BAND = 16;
+    const int64_t band = index / (BAND * columns);
+    const int64_t left = row_tiles - band * BAND, height = left < BAND ? left : BAND;
+    index -= band * BAND * columns;
+    *row_tile = band * BAND + index % height;
+    *column = index / height;
+}
+
+// ---- Loading ----
+
+// One chunk of a row, columns from `column` on, to shared memory; zeros past the row's end. row NULL: all zeros.
+// ALIGNED: rows begin at 16 bytes and have whole chunks, so that the copy can run by itself. `any` is any readable
+// address.
+template <bool ALIGNED, typename T>
+__device__ inline void load_chunk(char *to, const T *row, int column, int columns, const void *any)
+{
+    if constexpr (ALIGNED) {
+        const bool there = row && column < columns;
+        moe_cp_async(to, there ? row + column : any, there ? CHUNK : 0);
+    } else {
+        moe_pack<T, CHUNK / sizeof(T)> pack;
+#pragma unroll
+        for (int i = 0; i < CHUNK / (int)sizeof(T); i++)
+            pack.v[i] = row && column + i < columns ? row[column + i] : T(0.0f);
+        *(moe_pack<T, CHUNK / sizeof(T)> *)to = pack;
+    }
+}
+
+// ---- The kernel ----
+//
+// A ring of STAGES pieces of a[BM] and b[BN], 128 bytes of each row. In step i the block waits for piece i, starts the
+// copy of piece i + STAGES - 1 into the place that step i - 1 has read, and multiplies. The one barrier of a step says
+// both that everybody's copies of piece i are there and that everybody is done with step i - 1.
+
+template <class Tile, bool ALIGNED>
+__global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) gemm_kernel(const gemm g)
+{
+    typedef typename Tile::T T;
+    constexpr int BM = Tile::BM, BN = Tile::BN, STAGES = Tile::STAGES, THREADS = Tile::THREADS;
+    constexpr int CHUNKS = ROW_BYTES / CHUNK, PER_CHUNK = CHUNK / sizeof(T), PER_STEP = ROW_BYTES / sizeof(T);
+    constexpr int STRIDE = THREADS / CHUNKS; // a thread loads one chunk of every STRIDE-th row
+    constexpr int A_ROWS = (BM + STRIDE - 1) / STRIDE, B_ROWS = BN / STRIDE;
+    constexpr int STAGE_BYTES = (BM + BN) * ROW_BYTES;
+    constexpr int LD = BN + PER_CHUNK; // of the finished tile in shared memory, off a multiple of the banks
+    static_assert(BN % STRIDE == 0 && (BM % STRIDE == 0 || BM < STRIDE), "rows must divide among the threads");
+    static_assert(BM * LD * sizeof(T) <= STAGES * STAGE_BYTES, "the finished tile must fit in the ring");
+
+    extern __shared__ __align__(128) char ring[];
+    const int64_t columns = (g.n + BN - 1) / BN;
+    const int steps = (g.k + PER_STEP - 1) / PER_STEP;
+    const int my_chunk = threadIdx.x % CHUNKS, my_row = threadIdx.x / CHUNKS;
+
+    tile_walk walk;
+    for (int64_t tile = blockIdx.x; find_group<BM>(g, columns, tile, walk); tile += gridDim.x) {
+        const int64_t first = g.offsets[walk.group], count = g.offsets[walk.group + 1] - first;
+        int64_t row_tile, column;
+        place_tile(tile - walk.before, (count + BM - 1) / BM, columns, &row_tile, &column);
+        const int64_t r0 = first + row_tile * BM;
+        const int rows = (int)(count - row_tile * BM < BM ? count - row_tile * BM : BM);
+        const int n0 = (int)(column * BN);
+        const int cols = g.n - n0 < BN ? g.n - n0 : BN;
+        const T *b0 = (const T *)g.b + ((int64_t)walk.group * g.n + n0) * g.k;
+
+        int32_t a_row[A_ROWS]; // -1: not a row of this tile
+#pragma unroll
+        for (int i = 0; i < A_ROWS; i++) {
+            const int r = my_row + i * STRIDE;
+            a_row[i] = r >= rows ? -1 : g.a_row ? g.a_row[r0 + r] : (int32_t)(r0 + r);
+        }
+
+        auto load = [&](int step) {
+            char *a = ring + step % STAGES * STAGE_BYTES, *b = a + BM * ROW_BYTES;
+            const int k = step * PER_STEP + my_chunk * PER_CHUNK;
+#pragma unroll
+            for (int i = 0; i < A_ROWS; i++) {
+                const int r = my_row + i * STRIDE;
+                const T *row = a_row[i] < 0 ? NULL : (const T *)g.a + (int64_t)a_row[i] * g.k;
+                if (BM >= STRIDE || r < BM)
+                    load_chunk<ALIGNED>(a + chunk_at(r, my_chunk), row, k, g.k, g.a);
+            }
+#pragma unroll
+            for (int i = 0; i < B_ROWS; i++) {
+                const int r = my_row + i * STRIDE;
+                const T *row = r < cols ? b0 + (int64_t)r * g.k : NULL;
+                load_chunk<ALIGNED>(b + chunk_at(r, my_chunk), row, k, g.k, g.b);
+            }
+        };
+
+        Tile product;
+        product.clear();
+        for (int i = 0; i < STAGES - 1; i++) {
+            if (i < steps)
+                load(i);
+            moe_cp_async_commit(); // empty past the end, so that the count of groups stays true
+        }
+        for (int i = 0; i < steps; i++) {
+            moe_cp_async_wait<STAGES - 2>();
+            __syncthreads();
+            if (i + STAGES - 1 < steps)
+                load(i + STAGES - 1);
+            moe_cp_async_commit();
+            const char *a = ring + i % STAGES * STAGE_BYTES;
+            product.multiply(a, a + BM * ROW_BYTES);
+        }
+        __syncthreads();
+
+        // Through shared memory, so that rows are written in whole pieces.
+        T *c = (T *)ring;
+        product.put(c, LD);
+        __syncthreads();
+        for (int i = threadIdx.x; i < BM * BN / PER_CHUNK; i += THREADS) {
+            const int r = i / (BN / PER_CHUNK), column0 = i % (BN / PER_CHUNK) * PER_CHUNK;
+            if (r >= rows || column0 >= cols)
+                continue;
+            const T *from = c + r * LD + column0;
+            T *to = (T *)g.c + (r0 + r) * g.n + n0 + column0;
+            if constexpr (ALIGNED) {
+                *(uint4 *)to = *(const uint4 *)from;
+            } else {
+                for (int j = 0; j < PER_CHUNK && column0 + j < cols; j++)
+                    to[j] = from[j];
+            }
+        }
+        __syncthreads(); // before the next tile fills the ring
+    }
+}
+
+// ---- Host ----
+
+template <class Tile, bool ALIGNED> moe_status launch(const struct moe_call *call, const gemm &g, const char *name)
+{
+    const int64_t pairs = call->tokens * call->slots;
+    const int64_t row_tiles = pairs / Tile::BM + (g.groups < pairs ? g.groups : pairs); // the most there can be
+    const unsigned grid =
+        moe_grid(row_tiles * moe_ceil_div(g.n, Tile::BN), call->max_sms, call->exec->sms, Tile::BLOCKS);
+    const int shared = Tile::STAGES * (Tile::BM + Tile::BN) * ROW_BYTES;
+
+    cudaFuncSetAttribute(gemm_kernel<Tile, ALIGNED>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    gemm_kernel<Tile, ALIGNED><<<grid, Tile::THREADS, shared, (cudaStream_t)call->stream>>>(g);
+    return moe_launched(call->error, name);
+}
+
+// The tile by how many rows a group has on average: few rows are about reading weights, with many small copies in
+// flight; many rows are about the tensor cores. Sizes that rule out 16-byte copies get one tile that loads element by
+// element.
+template <typename T> moe_status choose(const struct moe_call *call, const gemm &g, bool aligned, const char *name)
+{
+    const int64_t rows = call->tokens * call->slots / g.groups;
+
+    if (!aligned)
+        return launch<tensor_tile<T, 64, 128, 2, 2, 4, 2>, false>(call, g, name);
+    if (rows <= 16)
+        return launch<tensor_tile<T, 16, 64, 1, 4, 8, 2>, true>(call, g, name);
+    if (rows <= 64)
+        return launch<tensor_tile<T, 64, 128, 2, 2, 4, 2>, true>(call, g, name);
+    return launch<tensor_tile<T, 128, 128, 2, 2, 3, 2>, true>(call, g, name);
+}
+
+template <> moe_status choose<float>(const struct moe_call *call, const gemm &g, bool aligned, const char *name)
+{
+    if (!aligned)
+        return launch<fma_tile<4, 8, 3, 2>, false>(call, g, name);
+    if (call->tokens * call->slots / g.groups <= 16)
+        return launch<fma_tile<1, 4, 8, 2>, true>(call, g, name);
+    return launch<fma_tile<8, 8, 3, 2>, true>(call, g, name);
+}
+
+moe_status run(const struct moe_call *call, const void *a, const int32_t *a_row, const struct moe_weights_view *b,
+               void *c, const char *name)
+{
+    if (call->tokens == 0)
+        return MOE_OK;
+    if (b->rows > INT32_MAX - 128 || b->cols > INT32_MAX - 128)
+        return moe_fail(call->error, MOE_ERROR_UNSUPPORTED,
+                        "%s: weights of %lld x %lld are too large for path 'simple'", name, (long long)b->rows,
+                        (long long)b->cols);
+
+    const gemm g = {
+        a, a_row, b->data, c, call->plan.plan.offsets, call->plan.groups, (int32_t)b->rows, (int32_t)b->cols};
+    const int64_t whole = CHUNK / (int64_t)moe_dtype_size(call->dtype);
+    const bool aligned =
+        b->rows % whole == 0 && b->cols % whole == 0 && moe_aligned16(a) && moe_aligned16(b->data) && moe_aligned16(c);
+    moe_status status = MOE_OK;
+    moe_with_dtype(call->dtype, [&](auto t) { status = choose<decltype(t)>(call, g, aligned, name); });
+    return status;
+}
+
+} // namespace
+
+moe_status moe_gemm1_simple(const struct moe_call *call)
+{
+    return run(call, call->x, call->plan.plan.row_token, &call->w13, call->gate_up, "gemm1 simple");
+}
+
+moe_status moe_gemm2_simple(const struct moe_call *call)
+{
+    return run(call, call->act, NULL, &call->w2, call->down, "gemm2 simple");
+}

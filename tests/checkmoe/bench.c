@@ -1,0 +1,129 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Times of the paths and their steps for one shape, routed evenly at random: medians of host time around a call and the
+ * wait for it, so that on a GPU a launch is included. For changes to one kernel; `moe bench` has the ceilings. */
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "tests/checkmoe/checkmoe.h"
+
+enum { MAX_RUNS = 101, MAX_STEPS = 16 };
+
+static double now(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int by_size(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+
+    return (x > y) - (x < y);
+}
+
+static double median(double *times, int count)
+{
+    qsort(times, (size_t)count, sizeof *times, by_size);
+    return times[count / 2];
+}
+
+static bool bench_path(struct checker *checker, const struct test_case *c, struct moe_call *call,
+                       const struct moe_path_info *path)
+{
+    double times[MAX_STEPS][MAX_RUNS], whole[MAX_RUNS], begin = now();
+    const double work = 6.0 * (double)(c->tokens * c->slots) * (double)c->hidden * (double)c->intermediate;
+    void *workspace = NULL;
+    int runs = 0, steps = 0;
+    bool fine = moe_buffer_alloc(checker->ctx, moe_workspace_carve(call, path, NULL), &workspace) == MOE_OK;
+
+    moe_workspace_carve(call, path, workspace);
+    call->gate.x = call->x;
+    call->plan.ids = call->gate.ids;
+    call->plan.weights = call->gate.weights;
+    while (fine && runs < MAX_RUNS && (runs < 3 || now() - begin < 3)) {
+        double start = now(), last = start;
+
+        steps = 0;
+        for (const struct moe_step *step = path->steps; fine && step->run != NULL; step++, steps++) {
+            fine = check_call(checker, step->run(call), step->name) &&
+                   check_call(checker, moe_synchronize(checker->ctx, NULL), step->name);
+            times[steps][runs] = now() - last;
+            last = now();
+        }
+        whole[runs++] = last - start;
+    }
+    if (fine) {
+        double all = median(whole, runs);
+
+        printf("%-15s %10.1f us  %8.1f GFLOP/s, %d runs:", moe_path_name(path->path), 1e6 * all, 1e-9 * work / all,
+               runs);
+        for (int i = 0; i < steps; i++)
+            printf(" %s %.1f", path->steps[i].name, 1e6 * median(times[i], runs));
+        printf("\n");
+    }
+    moe_buffer_free(checker->ctx, workspace);
+    return fine;
+}
+
+int bench(struct checker *checker, const char *shape, moe_dtype dtype)
+{
+    struct test_case c = {.seed = 1,
+                          .dtype = dtype,
+                          .io_dtype = dtype,
+                          .gate_dtype = dtype,
+                          .logits_dtype = dtype,
+                          .topk_weight_dtype = MOE_F32,
+                          .ids_dtype = MOE_I32,
+                          .renormalize = 1,
+                          .routing = "random",
+                          .gating = "random"};
+    struct arena *arena = &checker->arena;
+    struct moe_call call = {0};
+    moe_layer layer = {0};
+    bool fine;
+
+    if (sscanf(shape, "%" SCNd64 ",%" SCNd64 ",%" SCNd64 ",%" SCNd32 ",%" SCNd32, &c.tokens, &c.hidden, &c.intermediate,
+               &c.experts, &c.top_k) != 5 ||
+        c.tokens < 1 || c.hidden < 1 || c.intermediate < 1 || c.experts < 1 || c.top_k < 1 || c.top_k > c.experts ||
+        c.top_k > MOE_MAX_TOP_K) {
+        fprintf(stderr, "checkmoe: --bench takes tokens,hidden,intermediate,experts,top_k\n");
+        return 2;
+    }
+    c.slots = c.top_k;
+    if (!case_fill(&c)) {
+        fprintf(stderr, "checkmoe: no memory for this shape\n");
+        return EXIT_FAILURE;
+    }
+    const size_t size = moe_dtype_size(dtype), matrix = (size_t)(c.experts * c.hidden * c.intermediate) * size;
+    const size_t batch = (size_t)(c.tokens * c.hidden) * size;
+
+    arena_begin(arena, checker->ctx);
+    int gate = arena_add(arena, "gate", (size_t)(c.experts * c.hidden) * size, c.gate, 0);
+    int w13 = arena_add(arena, "w13", 2 * matrix, c.w13, 0), w2 = arena_add(arena, "w2", matrix, c.w2, 0);
+    int input = arena_add(arena, "input", batch, c.input, 0), output = arena_add(arena, "output", batch, NULL, 0);
+    fine = arena_ready(arena) && check_call(checker, arena_send(arena, 0), "copying to the device");
+
+    for (int p = MOE_PATH_AUTO + 1; fine && p < MOE_PATH_COUNT; p++) {
+        const struct moe_path_info *info = moe_path_info_get((moe_path)p);
+
+        if ((checker->only_path != MOE_PATH_COUNT && checker->only_path != (moe_path)p) ||
+            info->device != checker->ctx->info.device || info->steps == NULL)
+            continue;
+        layer = (moe_layer){.ctx = checker->ctx, .desc = case_desc(&c)};
+        layer.weights.gate = arena_device(arena, gate);
+        layer.weights.w13 = arena_device(arena, w13);
+        layer.weights.w2 = arena_device(arena, w2);
+        moe_call_shape(&call, &layer, c.tokens, c.top_k, dtype);
+        call.input = arena_device(arena, input);
+        call.output = arena_device(arena, output);
+        call.max_sms = checker->max_sms > 0 ? checker->max_sms : 0;
+        checker->path = (moe_path)p;
+        fine = bench_path(checker, &c, &call, info);
+    }
+    case_free(&c);
+    return fine ? EXIT_SUCCESS : EXIT_FAILURE;
+}

@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * How wrong a result may be. Errors are measured by rows: ||got - expected|| / ||expected||, the worst row counts.
+ *
+ * A row's norm is the wrong yardstick where its sums cancel (a token whose experts point against each other, or a row of
+ * one element): the rounding errors of the terms stay while the sum goes. So the denominator is never less than a share of
+ * the norm that the row would have if all its terms had random signs ("typical", fp64.c). From 16 elements on that share is
+ * a half, which a row of random numbers falls below once in thousands; shorter rows have no norm to speak of and take the
+ * typical one whole, which about half of them need. Elements of f16 results count as at least 2^-14, because f16 has no
+ * relative precision below that.
+ */
+#include <math.h>
+
+#include "tests/checkmoe/checkmoe.h"
+
+static const struct {
+    double layer;     /* given ids and weights, hidden states in to hidden states out */
+    double operation; /* one operation, given its inputs: one rounding of the result, and fp32 sums */
+    int fraction_bits, lowest_exponent;
+} budgets[] = {
+    [MOE_BF16] = {1e-2, 4.5e-3, 7, -126},
+    [MOE_F16] = {1.5e-3, 6e-4, 10, -14},
+    [MOE_F32] = {1e-5, 1e-5, 23, -126},
+};
+
+double budget_layer(moe_dtype dtype, moe_dtype io_dtype)
+{
+    return fmax(budgets[dtype].layer, budgets[io_dtype].layer);
+}
+
+double budget_operation(moe_dtype result)
+{
+    return budgets[result].operation;
+}
+
+/* The step between numbers of `dtype` around `value`. */
+double budget_ulp(double value, moe_dtype dtype)
+{
+    int exponent;
+
+    frexp(value, &exponent); /* value = [0.5, 1) * 2^exponent */
+    exponent = exponent - 1 < budgets[dtype].lowest_exponent ? budgets[dtype].lowest_exponent : exponent - 1;
+    return ldexp(1, exponent - budgets[dtype].fraction_bits);
+}
+
+double row_error(const void *got, moe_dtype dtype, int64_t first, const double *expected, const double *typical,
+                 int64_t count, bool any_f16, int64_t *column)
+{
+    double difference = 0, norm = 0, floor = 0, worst = -1;
+
+    for (int64_t i = 0; i < count; i++) {
+        double error = fabs(moe_load_f32(got, dtype, first + i) - expected[i]);
+
+        if (!(error <= worst)) { /* also if error is NaN */
+            worst = isnan(error) ? INFINITY : error;
+            *column = i;
+        }
+        difference += error * error;
+        norm += expected[i] * expected[i];
+        floor += typical[i] * typical[i];
+    }
+    if (isnan(difference))
+        return INFINITY;
+    floor = sqrt(floor) * (count < 16 ? 1 : 0.5);
+    if (any_f16)
+        floor = fmax(floor, sqrt((double)count) * 0x1p-14);
+    norm = fmax(sqrt(norm), floor);
+    return difference == 0 ? 0 : sqrt(difference) / norm;
+}

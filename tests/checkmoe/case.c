@@ -1,0 +1,318 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* From a seed to a layer and a batch. Most cases are small: bugs live at the edges, and the edges are cheap. */
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+
+#include "tests/checkmoe/checkmoe.h"
+
+uint64_t random_u64(struct random *random)
+{
+    uint64_t z = random->state += UINT64_C(0x9e3779b97f4a7c15);
+
+    z = (z ^ z >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+    z = (z ^ z >> 27) * UINT64_C(0x94d049bb133111eb);
+    return z ^ z >> 31;
+}
+
+int64_t random_between(struct random *random, int64_t low, int64_t high)
+{
+    return low + (int64_t)(random_u64(random) % (uint64_t)(high - low + 1));
+}
+
+bool random_one_in(struct random *random, int64_t n)
+{
+    return random_between(random, 1, n) == 1;
+}
+
+double random_unit(struct random *random)
+{
+    return (double)(random_u64(random) >> 11) * 0x1p-53;
+}
+
+float random_normal(struct random *random)
+{
+    uint64_t bits = random_u64(random);
+    int64_t sum = (int64_t)(bits & 0xffff) + (int64_t)(bits >> 16 & 0xffff) + (int64_t)(bits >> 32 & 0xffff) +
+                  (int64_t)(bits >> 48);
+
+    return (float)(sum - 2 * 0xffff) * (1.7320508f / 65536); /* four uniform numbers have a variance of 1/3 */
+}
+
+#define PICK(random, ...)                                                                                              \
+    (int64_t[]){__VA_ARGS__}[random_between(random, 0, sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t) - 1)]
+
+static int64_t draw_tokens(struct random *random)
+{
+    if (random_one_in(random, 3))
+        return PICK(random, 0, 1, 1, 2, 3, 4);
+    if (random_one_in(random, 2))
+        return random_between(random, 1, 40);
+    return PICK(random, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 512, 599);
+}
+
+/* Whole tiles, whole vectors, and sizes that are neither. */
+static int64_t draw_width(struct random *random)
+{
+    switch (random_between(random, 0, 7)) {
+    case 0:
+    case 1:
+        return 64 * random_between(random, 1, 8);
+    case 2:
+    case 3:
+        return 8 * random_between(random, 1, 40);
+    case 4:
+        return 32 * random_between(random, 1, 4) + PICK(random, -1, 0, 1);
+    case 5:
+        return PICK(random, 1, 2, 3, 7);
+    default:
+        return random_between(random, 1, 150);
+    }
+}
+
+/* Keeps what kind of number a width is. */
+static int64_t halve_width(int64_t width)
+{
+    int64_t step = width % 64 == 0 ? 64 : width % 8 == 0 ? 8 : 1;
+    int64_t half = width / 2 / step * step;
+
+    return half > 0 ? half : step;
+}
+
+static moe_dtype draw_dtype(struct random *random)
+{
+    return (moe_dtype)PICK(random, MOE_BF16, MOE_BF16, MOE_F16, MOE_F32);
+}
+
+static const char *const routings[] = {"random",      "random",    "zipf",    "one expert", "same experts",
+                                       "few experts", "no expert", "bad ids", "duplicates", "last expert"};
+static const char *const gatings[] = {"random", "random", "equal", "ties", "huge", "tiny", "special"};
+
+void case_draw(struct test_case *c, uint64_t seed, enum case_size size)
+{
+    struct random random = {seed};
+    /* multiply-adds of the experts, and elements of w13 and w2 */
+    int64_t work = 2000000, elements = 600000;
+
+    memset(c, 0, sizeof *c);
+    c->seed = seed;
+    c->level = (enum level)PICK(&random, LEVEL_EXPERTS, LEVEL_EXPERTS, LEVEL_FORWARD, LEVEL_STEPS);
+    if (random_one_in(&random, 12)) {
+        work *= size == CASE_GPU ? 50 : 6;
+        elements *= size == CASE_GPU ? 8 : 4;
+    }
+    if (size == CASE_SMALL) {
+        work = 150000;
+        elements = 60000;
+    }
+    c->dtype = draw_dtype(&random);
+    c->io_dtype = random_one_in(&random, 3) ? draw_dtype(&random) : c->dtype;
+    c->gate_dtype = random_one_in(&random, 4) ? draw_dtype(&random) : c->dtype;
+    c->logits_dtype = random_one_in(&random, 4) ? draw_dtype(&random) : c->dtype;
+    c->topk_weight_dtype = random_one_in(&random, 4) ? draw_dtype(&random) : MOE_F32;
+    c->ids_dtype = random_one_in(&random, 3) ? MOE_I64 : MOE_I32;
+    c->renormalize = (int32_t)random_between(&random, 0, 1);
+    c->max_sms = (int32_t)PICK(&random, 0, 0, 0, 1, 2, 17);
+    c->outputs_given = !random_one_in(&random, 4);
+    c->misaligned = random_one_in(&random, 4);
+    c->repeats = random_one_in(&random, 12) ? 5 : 2;
+
+    c->tokens = draw_tokens(&random);
+    c->hidden = draw_width(&random);
+    c->intermediate = draw_width(&random);
+    c->experts = (int32_t)PICK(&random, 1, 2, 3, 4, 7, 8, 8, 16, 31, 33, 60, 64, 65, 128, 160);
+    c->top_k = (int32_t)random_between(&random, 1, c->experts < 16 ? c->experts : 16);
+    c->slots = c->top_k;
+    if (random_one_in(&random, 4)) /* a caller may bring more slots than the layer has, even than it has experts */
+        c->slots = (int32_t)random_between(&random, 1, random_one_in(&random, 4) ? MOE_MAX_TOP_K : 20);
+
+    while (3 * c->hidden * c->intermediate * c->experts > elements ||
+           3 * c->hidden * c->intermediate * c->tokens * (c->slots > c->top_k ? c->slots : c->top_k) > work)
+        switch (random_between(&random, 0, 3)) {
+        case 0:
+            c->tokens = (c->tokens + 1) / 2;
+            break;
+        case 1:
+            c->hidden = halve_width(c->hidden);
+            break;
+        case 2:
+            c->intermediate = halve_width(c->intermediate);
+            break;
+        default:
+            c->experts = (c->experts + 1) / 2;
+            c->top_k = c->top_k < c->experts ? c->top_k : c->experts;
+            c->slots = (c->slots + 1) / 2;
+        }
+    c->routing = routings[random_between(&random, 0, sizeof routings / sizeof routings[0] - 1)];
+    c->gating = gatings[random_between(&random, 0, sizeof gatings / sizeof gatings[0] - 1)];
+}
+
+/* `scale` times normal numbers, rounded to dtype. */
+static void *make_matrix(struct random *random, int64_t count, moe_dtype dtype, double scale)
+{
+    void *data = malloc((size_t)count * moe_dtype_size(dtype) + 1);
+
+    if (data != NULL)
+        for (int64_t i = 0; i < count; i++)
+            moe_store_f32(data, dtype, i, random_normal(random) * (float)scale);
+    return data;
+}
+
+static bool is(const char *a, const char *b)
+{
+    return strcmp(a, b) == 0;
+}
+
+static int64_t zipf(struct random *random, int32_t experts)
+{
+    double unit = random_unit(random);
+    int64_t rank = (int64_t)(unit * unit * unit * unit * experts); /* a quarter power law: the first take most */
+
+    return rank * 7 % experts;
+}
+
+static int64_t draw_id(struct random *random, const struct test_case *c, int64_t token, int32_t slot)
+{
+    int32_t last = c->experts - 1;
+
+    if (is(c->routing, "zipf"))
+        return zipf(random, c->experts);
+    if (is(c->routing, "one expert"))
+        return c->seed % (uint64_t)c->experts;
+    if (is(c->routing, "same experts"))
+        return (slot * 3 + (int64_t)(c->seed % 5)) % c->experts;
+    if (is(c->routing, "few experts")) /* the others stay empty, at the ends as well */
+        return random_between(random, last / 3, (last + 1) / 2);
+    if (is(c->routing, "no expert"))
+        return -1;
+    if (is(c->routing, "bad ids") && random_one_in(random, 2))
+        return PICK(random, -1, c->experts, INT32_MIN, INT32_MAX, c->experts + 1, -c->experts);
+    if (is(c->routing, "duplicates"))
+        return (token + slot / 2) % c->experts;
+    if (is(c->routing, "last expert"))
+        return last;
+    return random_between(random, 0, last);
+}
+
+static bool make_routing(struct test_case *c, struct random *random)
+{
+    int64_t pairs = c->tokens * c->slots;
+
+    c->ids = malloc((size_t)pairs * sizeof(int64_t) + 1);
+    c->weights = malloc((size_t)pairs * sizeof(float) + 1);
+    if (c->ids == NULL || c->weights == NULL)
+        return false;
+    for (int64_t i = 0; i < pairs; i++) {
+        int64_t id = draw_id(random, c, i / c->slots, (int32_t)(i % c->slots));
+
+        if (c->ids_dtype == MOE_I64) {
+            if (is(c->routing, "bad ids") && random_one_in(random, 8))
+                id += INT64_C(1) << 32; /* must not be taken for its low half */
+            ((int64_t *)c->ids)[i] = id;
+        } else {
+            ((int32_t *)c->ids)[i] = (int32_t)id;
+        }
+        c->weights[i] = (float)(0.05 + random_unit(random));
+        if (random_one_in(random, 10))
+            c->weights[i] = random_one_in(random, 2) ? 0 : -c->weights[i];
+    }
+    return true;
+}
+
+static bool make_logits(struct test_case *c, struct random *random)
+{
+    c->logits = malloc((size_t)c->tokens * c->experts * sizeof(float) + 1);
+    if (c->logits == NULL)
+        return false;
+    for (int64_t i = 0; i < c->tokens * c->experts; i++) {
+        float value = random_normal(random) * 2;
+
+        if (is(c->gating, "equal"))
+            value = 0.75f;
+        else if (is(c->gating, "ties"))
+            value = (float)random_between(random, -2, 2);
+        else if (is(c->gating, "huge"))
+            value *= 1e30f;
+        else if (is(c->gating, "tiny"))
+            value *= 1e-30f;
+        else if (is(c->gating, "special") && random_one_in(random, 3))
+            value = (float[]){NAN, INFINITY, -INFINITY, -0.0f}[random_between(random, 0, 3)];
+        c->logits[i] = moe_round_f32(value, c->logits_dtype);
+    }
+    return true;
+}
+
+bool case_fill(struct test_case *c)
+{
+    struct random random = {c->seed ^ UINT64_C(0x5bd1e995)};
+    int64_t width = c->tokens * c->hidden;
+    double x_scale = random_one_in(&random, 4) ? (random_one_in(&random, 2) ? 4 : 0.3) : 1;
+    double gate_scale = is(c->gating, "huge") ? 20 : is(c->gating, "tiny") ? 1e-3 : 1;
+    size_t gate_row = (size_t)c->hidden * moe_dtype_size(c->gate_dtype);
+
+    /* Weights shrink with the length of the sum, so that gate and up stay near 1 and f16 does not overflow. */
+    c->input = make_matrix(&random, width, c->io_dtype, x_scale);
+    c->x = malloc((size_t)width * moe_dtype_size(c->dtype) + 1);
+    c->gate = make_matrix(&random, c->experts * c->hidden, c->gate_dtype, gate_scale / sqrt((double)c->hidden));
+    c->w13 = make_matrix(&random, c->experts * 2 * c->intermediate * c->hidden, c->dtype, 1 / sqrt((double)c->hidden));
+    c->w2 = make_matrix(&random, c->experts * c->hidden * c->intermediate, c->dtype, 1 / sqrt((double)c->intermediate));
+    if (!c->input || !c->x || !c->gate || !c->w13 || !c->w2 || !make_routing(c, &random) || !make_logits(c, &random)) {
+        case_free(c);
+        return false;
+    }
+    moe_convert(c->x, c->dtype, c->input, c->io_dtype, width);
+    if (is(c->gating, "equal")) /* equal rows give equal logits, whatever x is */
+        for (int32_t e = 1; e < c->experts; e++)
+            memcpy((char *)c->gate + e * gate_row, c->gate, gate_row);
+    if (is(c->gating, "ties"))
+        for (int32_t e = 1; e < c->experts; e += 2)
+            memcpy((char *)c->gate + e * gate_row, (char *)c->gate + e / 4 * gate_row, gate_row);
+    return true;
+}
+
+void case_free(struct test_case *c)
+{
+    void *all[] = {c->input, c->x, c->gate, c->w13, c->w2, c->ids, c->weights, c->logits};
+
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
+        free(all[i]);
+    c->input = c->x = c->gate = c->w13 = c->w2 = c->ids = NULL;
+    c->weights = c->logits = NULL;
+}
+
+void case_print(const struct test_case *c, FILE *file)
+{
+    static const char *const levels[] = {"experts", "forward", "steps"};
+
+    fprintf(file,
+            "%s tokens=%" PRId64 " hidden=%" PRId64 " intermediate=%" PRId64
+            " experts=%d top_k=%d slots=%d dtype=%s io=%s "
+            "gate=%s logits=%s weights=%s ids=%s renormalize=%d max_sms=%d%s%s, routing: %s, gating: %s",
+            levels[c->level], c->tokens, c->hidden, c->intermediate, c->experts, c->top_k, c->slots,
+            moe_dtype_name(c->dtype), moe_dtype_name(c->io_dtype), moe_dtype_name(c->gate_dtype),
+            moe_dtype_name(c->logits_dtype), moe_dtype_name(c->topk_weight_dtype), moe_dtype_name(c->ids_dtype),
+            c->renormalize, c->max_sms, c->misaligned ? " misaligned" : "", c->outputs_given ? "" : " outputs=NULL",
+            c->routing, c->gating);
+}
+
+moe_layer_desc case_desc(const struct test_case *c)
+{
+    moe_layer_desc desc = moe_layer_desc_init(c->dtype);
+
+    desc.hidden_size = c->hidden;
+    desc.intermediate_size = c->intermediate;
+    desc.num_experts = c->experts;
+    desc.top_k = c->top_k;
+    desc.gate_dtype = c->gate_dtype;
+    desc.logits_dtype = c->logits_dtype;
+    desc.topk_weight_dtype = c->topk_weight_dtype;
+    desc.renormalize = c->renormalize;
+    return desc;
+}
+
+int32_t expert_of(const void *ids, moe_dtype ids_dtype, int64_t i, int32_t experts)
+{
+    int64_t id = ids_dtype == MOE_I64 ? ((const int64_t *)ids)[i] : ((const int32_t *)ids)[i];
+
+    return id >= 0 && id < experts ? (int32_t)id : -1;
+}

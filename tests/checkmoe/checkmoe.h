@@ -1,0 +1,215 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * checkmoe: random and adversarial layers, run on every path of a device and compared with fp64. A case is wholly made
+ * from one 64-bit seed, so that a failure can be run again by that number alone.
+ *
+ *   case.c    seed -> shape, dtypes, weights, hidden states, routing
+ *   fp64.c    the same layer in double
+ *   budget.c  how large an error may be, and against what it is measured
+ *   arena.c   device memory with guard bands, poisoned
+ *   layer.c   checks moe_experts_forward, moe_forward and moe_route
+ *   steps.c   checks each step of a path against the contract of the operations that it covers
+ *   bench.c   times paths and their steps
+ *   large.c   buffers of more than 2^31 elements (GPU)
+ */
+#ifndef CHECKMOE_H
+#define CHECKMOE_H
+
+#include <stdbool.h>
+#include <stdio.h>
+
+#include "config/convert.h"
+#include "runtime/internal.h"
+
+/* ---- Random numbers: splitmix64 ---- */
+
+struct random {
+    uint64_t state;
+};
+
+uint64_t random_u64(struct random *random);
+int64_t random_between(struct random *random, int64_t low, int64_t high); /* both ends included */
+bool random_one_in(struct random *random, int64_t n);
+double random_unit(struct random *random);  /* [0, 1) */
+float random_normal(struct random *random); /* mean 0, variance 1, never beyond 3.5 */
+
+/* ---- A case ---- */
+
+enum level { LEVEL_EXPERTS, LEVEL_FORWARD, LEVEL_STEPS };
+
+/* T tokens, H hidden, I intermediate, E experts, K top_k of the layer, S slots of the caller's ids. All host memory. */
+struct test_case {
+    uint64_t seed;
+    enum level level;
+    int64_t tokens, hidden, intermediate;
+    int32_t experts, top_k, slots;
+    moe_dtype dtype, io_dtype, gate_dtype, logits_dtype, topk_weight_dtype, ids_dtype;
+    int32_t renormalize, max_sms;
+    bool outputs_given; /* moe_forward is asked for logits, ids and weights as well */
+    bool misaligned;    /* buffers begin on the smallest alignment that the interface allows */
+    int repeats;        /* runs that must give the same bits */
+    const char *routing, *gating;
+
+    void *input;    /* [T, H] io_dtype */
+    void *x;        /* [T, H] dtype: what the experts see */
+    void *gate;     /* [E, H] gate_dtype */
+    void *w13;      /* [E, 2I, H] dtype */
+    void *w2;       /* [E, H, I] dtype */
+    void *ids;      /* [T, S] ids_dtype */
+    float *weights; /* [T, S] */
+    float *logits;  /* [T, E], adversarial: what the top-k step is given */
+};
+
+enum case_size { CASE_SMALL, CASE_NORMAL, CASE_GPU };
+
+/* Shape and dtypes only, then the memory. case_fill returns false if there is none. */
+void case_draw(struct test_case *c, uint64_t seed, enum case_size size);
+bool case_fill(struct test_case *c);
+void case_free(struct test_case *c);
+void case_print(const struct test_case *c, FILE *file);
+moe_layer_desc case_desc(const struct test_case *c);
+/* Expert of pair i of ids [T, S]; -1 if the id is none. */
+int32_t expert_of(const void *ids, moe_dtype ids_dtype, int64_t i, int32_t experts);
+
+/* ---- fp64 ---- */
+
+enum { BLOCK_ROWS = 32 };
+
+/*
+ * Carries `count` <= BLOCK_ROWS rows of one expert through `stages` (a run of GEMM1, ACTIVATION, GEMM2) in double.
+ * in is [count, width of the first stage's input], out and typical [count, width of the last stage's output]. typical
+ * is what each element would measure if the terms of its sums had random signs: the yardstick where a sum cancels. work
+ * holds at least rows64_work(c) doubles.
+ */
+size_t rows64_work(const struct test_case *c);
+void rows64(const struct test_case *c, int32_t expert, unsigned stages, int count, const double *in, double *out,
+            double *typical, double *work);
+
+/* The experts' results of every (token, slot), kept as long as ids are the same. */
+struct expert_rows {
+    bool valid;
+    int32_t slots;
+    int32_t *expert; /* [T, S], -1: none */
+    double *down;    /* [T, S, H] */
+    double *typical; /* [T, S, H] */
+};
+bool expert_rows_make(struct expert_rows *rows, const struct test_case *c, const void *ids, moe_dtype ids_dtype,
+                      int32_t slots);
+void expert_rows_free(struct expert_rows *rows);
+
+/* logits[e] of one token in double, and how far fp32 accumulation may be off before the rounding. */
+void logits64(const struct test_case *c, int64_t token, double *logits, double *tolerance);
+/* The weight of each of `ids` by softmax over `logits`. */
+void softmax64(const struct test_case *c, const float *logits, const int32_t *ids, double *weights);
+
+/* ---- Budgets (budget.c) ---- */
+
+double budget_layer(moe_dtype dtype, moe_dtype io_dtype);
+double budget_operation(moe_dtype result);
+double budget_ulp(double value, moe_dtype dtype);
+/*
+ * ||got - expected|| / max(||expected||, floor) over one row of `count` elements of `dtype` at element `first`;
+ * infinite where got is no number or expected is zero and got is not. *column: where they differ most.
+ */
+double row_error(const void *got, moe_dtype dtype, int64_t first, const double *expected, const double *typical,
+                 int64_t count, bool any_f16, int64_t *column);
+
+/* ---- Memory ---- */
+
+enum { GUARD_BYTES = 256, MAX_REGIONS = 40 };
+
+struct region {
+    const char *name;
+    size_t offset, bytes;
+    const void *initial; /* NULL: poisoned */
+};
+
+struct arena {
+    moe_context *ctx;
+    char *device;
+    uint8_t *image, *before; /* host copies of the whole: the present one, and that before the last arena_send/_keep */
+    size_t used, capacity;
+    int count;
+    struct region regions[MAX_REGIONS];
+};
+
+void arena_begin(struct arena *arena, moe_context *ctx);
+/* Returns the region's number. `offset`: bytes past a multiple of 256 at which it begins. */
+int arena_add(struct arena *arena, const char *name, size_t bytes, const void *initial, size_t offset);
+/* Makes the memory, after the last add. */
+bool arena_ready(struct arena *arena);
+/* Everything gets the poison byte, then regions their initial contents; all goes to the device. */
+moe_status arena_send(struct arena *arena, uint8_t poison);
+moe_status arena_fetch(struct arena *arena);
+/* Overwrites one region on the device. */
+moe_status arena_write(struct arena *arena, int region, const void *data);
+void *arena_device(const struct arena *arena, int region);
+void *arena_host(const struct arena *arena, int region);
+void arena_free(struct arena *arena);
+
+/* ---- Running and reporting ---- */
+
+/* Bugs that --break plants into what came back from the device, to show that the checks see them. */
+#define BREAK_MAP(X)                                                                                                   \
+    X(BREAK_ELEMENT, "element")                                                                                        \
+    X(BREAK_LAST_ROW, "last-row")                                                                                      \
+    X(BREAK_STALE_ROW, "stale-row")                                                                                    \
+    X(BREAK_GUARD, "guard")                                                                                            \
+    X(BREAK_INPUT, "input")                                                                                            \
+    X(BREAK_REPEAT, "repeat")                                                                                          \
+    X(BREAK_ID, "id")                                                                                                  \
+    X(BREAK_WEIGHT, "weight")                                                                                          \
+    X(BREAK_PLAN, "plan")
+
+enum break_kind {
+    BREAK_NONE,
+#define BREAK_ENUM(name, text) name,
+    BREAK_MAP(BREAK_ENUM)
+#undef BREAK_ENUM
+        BREAK_COUNT
+};
+
+struct checker {
+    moe_context *ctx;
+    struct arena arena;
+    const char *device_name; /* as --device takes it */
+    enum case_size size;
+    moe_path only_path;  /* MOE_PATH_COUNT: all */
+    const char *only_op; /* NULL: all */
+    int32_t max_sms;     /* -1: as the case says */
+
+    enum break_kind broken;
+    bool planted; /* the bug fitted this case */
+
+    /* the case and path at work */
+    const struct test_case *c;
+    moe_path path;
+    const char *op;
+
+    int64_t failures;
+    struct {
+        int64_t cases, unsupported, failures;
+        double worst; /* share of budget used, 1 is all */
+    } totals[MOE_PATH_COUNT];
+};
+
+/* Reports a failure of the present case; the text says what differs and where. */
+void check_fail(struct checker *checker, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* Guard bands, and regions of which `may_write` (bit = region) is not set, against the image before the run. */
+bool check_arena(struct checker *checker, uint64_t may_write);
+void check_used(struct checker *checker, double share);
+
+void check_layer(struct checker *checker, const struct test_case *c, moe_path path, struct expert_rows *rows);
+void check_steps(struct checker *checker, const struct test_case *c, moe_path path);
+/* Exact ids for these logits, weights within their tolerance. */
+bool check_topk(struct checker *checker, const float *logits, const int32_t *ids, const float *weights);
+/* Each logit against fp64. */
+bool check_logits(struct checker *checker, const float *logits);
+bool check_call(struct checker *checker, moe_status status, const char *what);
+/* Plants the output bug asked for, if it fits. `run` counts the repeats. */
+void plant_output(struct checker *checker, int region, const struct test_case *c, int run);
+
+int bench(struct checker *checker, const char *shape, moe_dtype dtype);
+int large(struct checker *checker);
+
+#endif

@@ -1,0 +1,199 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Layers and batches whose buffers have more than 2^31 elements, so that a 32-bit offset anywhere reads or writes the
+ * wrong place. Some tokens of each are compared with fp64, the first and the last among them. Takes up to 30 GB of both
+ * memories and some minutes, so only on request. */
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+
+#include "tests/checkmoe/checkmoe.h"
+
+enum { SLOTS = 8, SAMPLES = 12 };
+
+static const struct {
+    const char *what;
+    int64_t tokens, hidden, intermediate;
+    int32_t experts;
+} shapes[] = {
+    {"T * S * 2I, gate_up", 16400, 64, 8192, 4},
+    {"T * S * H, rows and down", 16400, 16384, 64, 4},
+    {"E * 2I * H and E * H * I, weights", 16, 4096, 8192, 65},
+};
+
+static int64_t sample(const struct test_case *c, int i)
+{
+    return i * (c->tokens - 1) / (SAMPLES - 1);
+}
+
+/* expected[SAMPLES][H] and its typical sizes */
+static bool make_expected(const struct test_case *c, double *expected, double *typical)
+{
+    const unsigned stages = MOE_STAGE_GEMM1 | MOE_STAGE_ACTIVATION | MOE_STAGE_GEMM2;
+    const int64_t hidden = c->hidden;
+    double *in = malloc((size_t)hidden * 3 * sizeof(double)), *out = in + hidden, *size = out + hidden;
+    double *work = malloc(rows64_work(c) * sizeof(double));
+    bool fine = in != NULL && work != NULL;
+
+    memset(expected, 0, (size_t)hidden * SAMPLES * sizeof(double));
+    memset(typical, 0, (size_t)hidden * SAMPLES * sizeof(double));
+    for (int i = 0; fine && i < SAMPLES; i++) {
+        const int64_t token = sample(c, i);
+
+        for (int64_t h = 0; h < hidden; h++)
+            in[h] = moe_load_f32(c->x, c->dtype, token * hidden + h);
+        for (int32_t s = 0; s < SLOTS; s++) {
+            const int64_t pair = token * SLOTS + s;
+            const double weight = c->weights[pair];
+
+            rows64(c, expert_of(c->ids, c->ids_dtype, pair, c->experts), stages, 1, in, out, size, work);
+            for (int64_t h = 0; h < hidden; h++) {
+                expected[i * hidden + h] += weight * out[h];
+                typical[i * hidden + h] = hypot(typical[i * hidden + h], weight * size[h]);
+            }
+        }
+    }
+    free(in);
+    free(work);
+    return fine;
+}
+
+struct buffers {
+    void *w13, *w2, *input, *ids, *weights, *output, *workspace;
+    size_t output_bytes;
+};
+
+static bool upload(struct checker *checker, const void *host, size_t bytes, void **device)
+{
+    return check_call(checker, moe_buffer_alloc(checker->ctx, bytes, device), "moe_buffer_alloc") &&
+           check_call(checker, moe_copy_in(checker->ctx, *device, host, bytes, NULL), "moe_copy_in");
+}
+
+static bool run_path(struct checker *checker, const struct test_case *c, moe_layer *layer, struct buffers *b,
+                     void *output)
+{
+    moe_limits limits = moe_limits_init();
+    moe_batch batch = moe_batch_init();
+    size_t bytes;
+
+    limits.max_tokens = c->tokens;
+    limits.top_k = SLOTS;
+    limits.path = checker->path;
+    batch.tokens = c->tokens;
+    batch.dtype = c->io_dtype;
+    batch.hidden_states = b->input;
+    batch.output = b->output;
+    batch.topk_ids = b->ids;
+    batch.topk_weights = b->weights;
+    batch.top_k = SLOTS;
+    batch.path = checker->path;
+    memset(output, 0xff, b->output_bytes);
+    bool fine =
+        check_call(checker, moe_copy_in(checker->ctx, b->output, output, b->output_bytes, NULL), "moe_copy_in") &&
+        check_call(checker, moe_workspace_size(layer, &limits, &bytes), "moe_workspace_size") &&
+        check_call(checker, moe_buffer_alloc(checker->ctx, bytes, &b->workspace), "workspace") &&
+        check_call(checker, moe_experts_forward(layer, &batch, b->workspace, bytes, NULL), "moe_experts_forward") &&
+        check_call(checker, moe_copy_out(checker->ctx, output, b->output, b->output_bytes, NULL), "moe_copy_out");
+    moe_buffer_free(checker->ctx, b->workspace);
+    b->workspace = NULL;
+    return fine;
+}
+
+static void check_samples(struct checker *checker, const struct test_case *c, const void *output,
+                          const double *expected, const double *typical)
+{
+    const double budget = budget_layer(c->dtype, c->io_dtype);
+
+    for (int i = 0; i < SAMPLES; i++) {
+        int64_t token = sample(c, i), column = 0;
+        double error = row_error(output, c->io_dtype, token * c->hidden, expected + i * c->hidden,
+                                 typical + i * c->hidden, c->hidden, false, &column);
+
+        check_used(checker, error / budget);
+        if (!(error <= budget))
+            check_fail(checker,
+                       "output[token %" PRId64 "][column %" PRId64 "] is %.9g, expected %.9g; error of the row %.3g",
+                       token, column, moe_load_f32(output, c->io_dtype, token * c->hidden + column),
+                       expected[i * c->hidden + column], error);
+    }
+}
+
+static void check_shape(struct checker *checker, struct test_case *c)
+{
+    const size_t matrix = (size_t)(c->experts * c->hidden * c->intermediate) * 2, pairs = (size_t)c->tokens * SLOTS;
+    struct buffers b = {.output_bytes = (size_t)(c->tokens * c->hidden) * 2};
+    moe_layer_weights weights = moe_layer_weights_init();
+    moe_layer_desc desc = case_desc(c);
+    moe_layer *layer = NULL;
+    double *expected = malloc((size_t)c->hidden * SAMPLES * 2 * sizeof(double));
+    double *typical = expected + c->hidden * SAMPLES;
+    void *output = malloc(b.output_bytes);
+
+    if (expected != NULL && output != NULL && make_expected(c, expected, typical) &&
+        upload(checker, c->w13, 2 * matrix, &b.w13) && upload(checker, c->w2, matrix, &b.w2) &&
+        upload(checker, c->input, b.output_bytes, &b.input) &&
+        upload(checker, c->ids, pairs * sizeof(int32_t), &b.ids) &&
+        upload(checker, c->weights, pairs * sizeof(float), &b.weights) &&
+        upload(checker, output, b.output_bytes, &b.output)) {
+        weights.w13 = b.w13;
+        weights.w2 = b.w2;
+        if (check_call(checker, moe_layer_create(checker->ctx, &desc, &weights, &layer), "moe_layer_create"))
+            for (int p = MOE_PATH_AUTO + 1; p < MOE_PATH_COUNT; p++) {
+                if ((checker->only_path != MOE_PATH_COUNT && checker->only_path != (moe_path)p) ||
+                    moe_path_available(checker->ctx, (moe_path)p, &desc, NULL, 0) != MOE_OK)
+                    continue;
+                checker->path = (moe_path)p;
+                checker->totals[p].cases++;
+                if (run_path(checker, c, layer, &b, output))
+                    check_samples(checker, c, output, expected, typical);
+            }
+        moe_layer_destroy(layer);
+    } else {
+        check_fail(checker, "no memory, or no copy");
+    }
+    void *all[] = {b.w13, b.w2, b.input, b.ids, b.weights, b.output};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
+        moe_buffer_free(checker->ctx, all[i]);
+    free(expected);
+    free(output);
+}
+
+int large(struct checker *checker)
+{
+    if (checker->ctx->info.device != MOE_DEVICE_CUDA) {
+        fprintf(stderr, "checkmoe: --large is for a GPU\n");
+        return 77;
+    }
+    checker->op = "large";
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        struct test_case c = {.seed = i + 1,
+                              .tokens = shapes[i].tokens,
+                              .hidden = shapes[i].hidden,
+                              .intermediate = shapes[i].intermediate,
+                              .experts = shapes[i].experts,
+                              .top_k = 2,
+                              .slots = SLOTS,
+                              .dtype = MOE_BF16,
+                              .io_dtype = MOE_BF16,
+                              .gate_dtype = MOE_BF16,
+                              .logits_dtype = MOE_BF16,
+                              .topk_weight_dtype = MOE_F32,
+                              .ids_dtype = MOE_I32,
+                              .routing = "random",
+                              .gating = "random"};
+
+        printf("large: %s: ", shapes[i].what);
+        case_print(&c, stdout);
+        printf("\n");
+        if (case_fill(&c))
+            check_shape(checker, &c);
+        else
+            check_fail(checker, "no host memory");
+        case_free(&c);
+    }
+    for (int p = 0; p < MOE_PATH_COUNT; p++)
+        if (checker->totals[p].cases > 0)
+            printf("%-15s %" PRId64 " large layers, %" PRId64 " failures, worst error %.1f %% of its budget\n",
+                   moe_path_name((moe_path)p), checker->totals[p].cases, checker->totals[p].failures,
+                   100 * checker->totals[p].worst);
+    return checker->failures > 0 ? EXIT_FAILURE : EXIT_SUCCESS;
+}

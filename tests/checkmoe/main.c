@@ -1,0 +1,503 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The command line, the loop over cases and paths, and what is said of them. */
+#include <getopt.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "tests/checkmoe/checkmoe.h"
+
+enum { EXIT_SKIPPED = 77, FAILURES_SHOWN = 10 };
+
+static const char *const break_names[BREAK_COUNT] = {[BREAK_NONE] = "none",
+#define BREAK_NAME(name, text) [name] = text,
+                                                     BREAK_MAP(BREAK_NAME)
+#undef BREAK_NAME
+};
+
+static const char usage[] =
+    "usage: checkmoe [options]\n"
+    "  checkmoe --device cpu --cases 2000         all CPU paths on 2000 random layers\n"
+    "  checkmoe --device cuda --path simple       one path on the GPU\n"
+    "  checkmoe --case-seed 0x123 --path cpu      one case again\n"
+    "  checkmoe --bench 64,2048,768,128,8         times of all paths: tokens,hidden,intermediate,experts,top_k\n"
+    "\n"
+    "  --device cpu|cuda[:i]  where to run (cpu)\n"
+    "  --path NAME|all        one path only; 'auto' is one too\n"
+    "  --op NAME              check only this step (entry, logits, topk, plan, gather, gemm1, activation, gemm2, "
+    "combine)\n"
+    "  --cases N              how many cases (400)\n"
+    "  --seed S               the first of all cases' seeds (1)\n"
+    "  --case-seed X          run only the case of this seed\n"
+    "  --small                tiny shapes only (for compute-sanitizer and valgrind)\n"
+    "  --max-sms N            instead of what the cases say\n"
+    "  --break NAME|all       plant a bug into each result and expect it to be found\n"
+    "  --large                buffers of more than 2^31 elements (GPU)\n"
+    "  --bench SHAPE          times instead of checks\n"
+    "  --dtype NAME           of --bench (bf16)\n"
+    "\n"
+    "Exit status: 0 all well, 1 a check failed, 2 usage, 77 the device or the path is not on this machine.\n";
+
+void check_fail(struct checker *checker, const char *format, ...)
+{
+    va_list args;
+
+    checker->failures++;
+    checker->totals[checker->path].failures++;
+    if (checker->broken != BREAK_NONE || checker->failures > FAILURES_SHOWN)
+        return;
+    printf("FAIL path %s, %s: ", moe_path_name(checker->path), checker->op);
+    va_start(args, format);
+    vprintf(format, args);
+    va_end(args);
+    if (checker->c != NULL) {
+        printf("\n  case: ");
+        case_print(checker->c, stdout);
+        printf("\n  again: checkmoe --device %s --path %s --case-seed 0x%" PRIx64, checker->device_name,
+               moe_path_name(checker->path), checker->c->seed);
+        if (checker->size == CASE_SMALL)
+            printf(" --small");
+        if (checker->max_sms >= 0)
+            printf(" --max-sms %d", checker->max_sms);
+    }
+    printf("\n");
+}
+
+void check_used(struct checker *checker, double share)
+{
+    if (share > checker->totals[checker->path].worst)
+        checker->totals[checker->path].worst = share;
+}
+
+bool check_call(struct checker *checker, moe_status status, const char *what)
+{
+    char text[1024];
+
+    if (status == MOE_OK)
+        return true;
+    moe_last_error(checker->ctx, text, sizeof text);
+    check_fail(checker, "%s: %s (%s)", what, moe_status_string(status), text);
+    return false;
+}
+
+bool check_arena(struct checker *checker, uint64_t may_write)
+{
+    const struct arena *arena = &checker->arena;
+    size_t at = 0;
+
+    for (int i = 0; i <= arena->count; i++) {
+        /* The guard band between the last region and this one, then, if it is not the step's to write, the region. */
+        const struct region end = {"", arena->used, 0, NULL};
+        const struct region *region = i < arena->count ? &arena->regions[i] : &end;
+
+        if (memcmp(arena->image + at, arena->before + at, region->offset - at) != 0) {
+            while (arena->image[at] == arena->before[at])
+                at++;
+            const struct region *before = i > 0 ? &arena->regions[i - 1] : &end;
+            check_fail(checker, "a guard band is written, %zd bytes past the end of %s and %zu before %s",
+                       (ssize_t)(at - before->offset - before->bytes), before->name, region->offset - at, region->name);
+            return false;
+        }
+        at = region->offset + region->bytes;
+        if (i < arena->count && !(may_write >> i & 1) &&
+            memcmp(arena->image + region->offset, arena->before + region->offset, region->bytes) != 0) {
+            check_fail(checker, "%s is written, which is not an output here", region->name);
+            return false;
+        }
+    }
+    return true;
+}
+
+bool check_logits(struct checker *checker, const float *logits)
+{
+    const struct test_case *c = checker->c;
+    double *expected = malloc((size_t)c->experts * 2 * sizeof(double)), *tolerance = expected + c->experts;
+    bool fine = expected != NULL;
+
+    for (int64_t t = 0; fine && t < c->tokens; t++) {
+        logits64(c, t, expected, tolerance);
+        for (int32_t e = 0; fine && e < c->experts; e++) {
+            float got = logits[t * c->experts + e];
+            double allowed = tolerance[e] + 0.51 * budget_ulp(fabs(expected[e]) + tolerance[e], c->logits_dtype);
+
+            if (!(fabs(got - expected[e]) <= allowed) || got != moe_round_f32(got, c->logits_dtype)) {
+                check_fail(checker, "logits[token %" PRId64 "][expert %d] is %.9g, expected %.9g within %.3g, as %s", t,
+                           e, got, expected[e], allowed, moe_dtype_name(c->logits_dtype));
+                fine = false;
+            }
+        }
+    }
+    free(expected);
+    return fine;
+}
+
+bool check_topk(struct checker *checker, const float *logits, const int32_t *ids, const float *weights)
+{
+    const struct test_case *c = checker->c;
+    int32_t expected_ids[MOE_MAX_TOP_K];
+    float reference[MOE_MAX_TOP_K];
+    double expected[MOE_MAX_TOP_K];
+
+    for (int64_t t = 0; t < c->tokens; t++) {
+        const float *row = logits + t * c->experts;
+        struct moe_gate_args args = {.tokens = 1,
+                                     .experts = c->experts,
+                                     .top_k = c->top_k,
+                                     .topk_weight_dtype = c->topk_weight_dtype,
+                                     .renormalize = c->renormalize,
+                                     .logits = (float *)row,
+                                     .ids = expected_ids,
+                                     .weights = reference};
+
+        moe_topk_ref(&args, 0, 1);
+        softmax64(c, row, expected_ids, expected);
+        for (int32_t k = 0; k < c->top_k; k++) {
+            int32_t id = ids[t * c->top_k + k];
+            float got = weights[t * c->top_k + k];
+            double allowed =
+                1e-5 * expected[k] + 1e-9 + 0.51 * budget_ulp(expected[k] * (1 + 1e-5), c->topk_weight_dtype);
+
+            if (id != expected_ids[k]) {
+                check_fail(checker, "ids[token %" PRId64 "][%d] is %d, expected %d by these logits", t, k, id,
+                           expected_ids[k]);
+                return false;
+            }
+            if (!isfinite(row[expected_ids[0]])) /* no softmax: the weights are not defined */
+                continue;
+            if (!(fabs(got - expected[k]) <= allowed) || got != moe_round_f32(got, c->topk_weight_dtype)) {
+                check_fail(checker, "weights[token %" PRId64 "][%d] is %.9g, expected %.9g (expert %d), as %s", t, k,
+                           got, expected[k], id, moe_dtype_name(c->topk_weight_dtype));
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+/* The column of the largest element of a row of the output; -1 if all are zero. */
+static int64_t largest(const void *output, const struct test_case *c, int64_t row)
+{
+    int64_t column = -1;
+    float best = 0;
+
+    for (int64_t h = 0; h < c->hidden; h++) {
+        float size = fabsf(moe_load_f32(output, c->io_dtype, row * c->hidden + h));
+        if (size > best) {
+            best = size;
+            column = h;
+        }
+    }
+    return column;
+}
+
+void plant_output(struct checker *checker, int region, const struct test_case *c, int run)
+{
+    uint8_t *output = arena_host(&checker->arena, region);
+    const int64_t last = c->tokens - 1, row = c->tokens > 0 ? (int64_t)(c->seed % (uint64_t)c->tokens) : 0;
+    const size_t row_bytes = (size_t)c->hidden * moe_dtype_size(c->io_dtype);
+
+    /* In rows shorter than these a wrong element may be a right one but for rounding. */
+    if (c->tokens == 0 || c->hidden < 8)
+        return;
+    int64_t column = largest(output, c, row);
+    if (checker->broken == BREAK_ELEMENT && column >= 0) {
+        float value = moe_load_f32(output, c->io_dtype, row * c->hidden + column);
+        moe_store_f32(output, c->io_dtype, row * c->hidden + column, -value);
+        checker->planted = true;
+    }
+    if (checker->broken == BREAK_LAST_ROW && largest(output, c, last) >= 0) {
+        memset(output + last * row_bytes, 0, row_bytes);
+        checker->planted = true;
+    }
+    if (checker->broken == BREAK_STALE_ROW && row > 0 && column >= 0) {
+        memcpy(output + row * row_bytes, output + (row - 1) * row_bytes, row_bytes);
+        checker->planted = true;
+    }
+    if (checker->broken == BREAK_REPEAT && run > 0) {
+        output[last * row_bytes] ^= 1;
+        checker->planted = true;
+    }
+}
+
+static bool runs_on(const struct checker *checker, moe_path path)
+{
+    const struct moe_path_info *info = moe_path_info_get(path);
+
+    if (checker->only_path != MOE_PATH_COUNT && checker->only_path != path)
+        return false;
+    return path == MOE_PATH_AUTO || (info->device == checker->ctx->info.device && info->steps != NULL);
+}
+
+static void run_case(struct checker *checker, uint64_t seed)
+{
+    struct test_case c;
+    struct expert_rows rows = {0};
+
+    case_draw(&c, seed, checker->size);
+    if (checker->only_op != NULL)
+        c.level = LEVEL_STEPS;
+    if (!case_fill(&c)) {
+        fprintf(stderr, "checkmoe: no memory for case 0x%" PRIx64 "\n", seed);
+        checker->failures++;
+        return;
+    }
+    checker->c = &c;
+    for (int p = 0; p < MOE_PATH_COUNT; p++) {
+        moe_layer_desc desc = case_desc(&c);
+
+        if (!runs_on(checker, (moe_path)p) || (c.level == LEVEL_STEPS && p == MOE_PATH_AUTO))
+            continue;
+        checker->path = (moe_path)p;
+        if (p != MOE_PATH_AUTO && moe_path_available(checker->ctx, checker->path, &desc, NULL, 0) != MOE_OK) {
+            checker->totals[p].unsupported++;
+            continue;
+        }
+        checker->totals[p].cases++;
+        if (c.level == LEVEL_STEPS)
+            check_steps(checker, &c, checker->path);
+        else
+            check_layer(checker, &c, checker->path, &rows);
+    }
+    checker->c = NULL;
+    expert_rows_free(&rows);
+    case_free(&c);
+}
+
+/* Seeds of the cases: far apart, so that --seed 1 and --seed 2 share none. */
+static uint64_t case_seed(uint64_t seed, int64_t index)
+{
+    struct random random = {seed * UINT64_C(0xd1342543de82ef95) + (uint64_t)index};
+
+    return random_u64(&random);
+}
+
+static int summary(const struct checker *checker)
+{
+    int64_t cases = 0;
+
+    for (int p = 0; p < MOE_PATH_COUNT; p++) {
+        int64_t ran = checker->totals[p].cases, unsupported = checker->totals[p].unsupported;
+
+        if (ran + unsupported == 0)
+            continue;
+        printf("%-15s %6" PRId64 " cases, %" PRId64 " failures, worst error %.1f %% of its budget",
+               moe_path_name((moe_path)p), ran, checker->totals[p].failures, 100 * checker->totals[p].worst);
+        if (unsupported > 0)
+            printf(", %" PRId64 " not supported", unsupported);
+        printf("\n");
+        cases += ran;
+    }
+    if (checker->failures > 0)
+        printf("checkmoe: %" PRId64 " checks FAILED\n", checker->failures);
+    else if (cases == 0)
+        printf("checkmoe: no path that could run here\n");
+    return checker->failures > 0 ? EXIT_FAILURE : cases == 0 ? EXIT_SKIPPED : EXIT_SUCCESS;
+}
+
+/* Plants one kind of bug into every case that it fits; each must be found, and nothing where none was planted. */
+static bool run_broken(struct checker *checker, enum break_kind kind, uint64_t seed, int64_t cases)
+{
+    int64_t planted = 0, missed = 0, false_alarms = 0;
+    moe_path only = checker->only_path;
+
+    checker->broken = kind;
+    for (int64_t i = 0; i < cases; i++)
+        for (int p = 0; p < MOE_PATH_COUNT; p++) {
+            int64_t before = checker->failures;
+
+            checker->only_path = only;
+            if (!runs_on(checker, (moe_path)p))
+                continue;
+            checker->only_path = (moe_path)p;
+            checker->planted = false;
+            run_case(checker, case_seed(seed, i));
+            planted += checker->planted;
+            missed += checker->planted && checker->failures == before;
+            false_alarms += !checker->planted && checker->failures != before;
+        }
+    checker->only_path = only;
+    printf("break %-10s found in %" PRId64 " of %" PRId64 " runs that it fitted", break_names[kind], planted - missed,
+           planted);
+    printf(false_alarms > 0 ? ", %" PRId64 " failures without it\n" : "\n", false_alarms);
+    return planted > 0 && missed == 0 && false_alarms == 0;
+}
+
+static int run_all_broken(struct checker *checker, enum break_kind kind, uint64_t seed, int64_t cases)
+{
+    bool fine = true;
+
+    for (int k = BREAK_NONE + 1; k < BREAK_COUNT; k++)
+        if (kind == BREAK_COUNT || kind == (enum break_kind)k)
+            fine = run_broken(checker, (enum break_kind)k, seed, cases) && fine;
+    return fine ? EXIT_SUCCESS : EXIT_FAILURE;
+}
+
+static bool parse_number(const char *text, uint64_t *number)
+{
+    char *end;
+
+    *number = strtoull(text, &end, 0);
+    return *text != '\0' && *end == '\0';
+}
+
+static bool parse_device(const char *text, moe_context_options *options)
+{
+    uint64_t index = 0;
+
+    if (strcmp(text, "cpu") == 0) {
+        options->device = MOE_DEVICE_CPU;
+        return true;
+    }
+    options->device = MOE_DEVICE_CUDA;
+    if (strncmp(text, "cuda", 4) != 0 || (text[4] != '\0' && (text[4] != ':' || !parse_number(text + 5, &index))))
+        return false;
+    options->device_index = (int32_t)index;
+    return true;
+}
+
+static bool parse_break(const char *text, enum break_kind *kind)
+{
+    int k = BREAK_NONE + 1;
+
+    while (k < BREAK_COUNT && strcmp(text, break_names[k]) != 0)
+        k++;
+    *kind = (enum break_kind)k; /* BREAK_COUNT: all */
+    return k < BREAK_COUNT || strcmp(text, "all") == 0;
+}
+
+struct options {
+    moe_context_options context;
+    uint64_t seed, cases, one_case;
+    bool has_one_case, large;
+    enum break_kind broken;
+    const char *bench;
+    moe_dtype dtype;
+};
+
+static bool parse(int argc, char **argv, struct options *o, struct checker *checker)
+{
+    static const struct option names[] = {
+        {"device", 1, NULL, 'd'}, {"path", 1, NULL, 'p'},      {"op", 1, NULL, 'o'},    {"cases", 1, NULL, 'n'},
+        {"seed", 1, NULL, 's'},   {"case-seed", 1, NULL, 'x'}, {"small", 0, NULL, 'm'}, {"max-sms", 1, NULL, 'q'},
+        {"break", 1, NULL, 'k'},  {"large", 0, NULL, 'l'},     {"bench", 1, NULL, 'b'}, {"dtype", 1, NULL, 't'},
+        {"help", 0, NULL, 'h'},   {NULL, 0, NULL, 0},
+    };
+    uint64_t number;
+    bool fine = true;
+
+    for (int option; fine && (option = getopt_long(argc, argv, "", names, NULL)) != -1;)
+        switch (option) {
+        case 'd':
+            checker->device_name = optarg;
+            fine = parse_device(optarg, &o->context);
+            break;
+        case 'p':
+            fine = strcmp(optarg, "all") == 0 || moe_path_from_name(optarg, &checker->only_path) == MOE_OK;
+            break;
+        case 'o':
+            checker->only_op = optarg;
+            break;
+        case 'n':
+            fine = parse_number(optarg, &o->cases);
+            break;
+        case 's':
+            fine = parse_number(optarg, &o->seed);
+            break;
+        case 'x':
+            fine = o->has_one_case = parse_number(optarg, &o->one_case);
+            break;
+        case 'm':
+            checker->size = CASE_SMALL;
+            break;
+        case 'q':
+            fine = parse_number(optarg, &number) && number <= INT32_MAX;
+            checker->max_sms = (int32_t)number;
+            break;
+        case 'k':
+            fine = parse_break(optarg, &o->broken);
+            break;
+        case 'l':
+            o->large = true;
+            break;
+        case 'b':
+            o->bench = optarg;
+            break;
+        case 't':
+            for (int d = MOE_BF16; d <= MOE_F32; d++)
+                if (strcmp(optarg, moe_dtype_name((moe_dtype)d)) == 0)
+                    o->dtype = (moe_dtype)d;
+            fine = strcmp(optarg, moe_dtype_name(o->dtype)) == 0;
+            break;
+        case 'h':
+            fputs(usage, stdout);
+            exit(EXIT_SUCCESS);
+        default:
+            fine = false;
+        }
+    if (fine && optind == argc)
+        return true;
+    fprintf(stderr, "checkmoe: %s is not understood; --help tells more\n",
+            optind < argc ? argv[optind] : argv[optind - 1]);
+    return false;
+}
+
+static int run(struct checker *checker, const struct options *o)
+{
+    struct timespec begin, end;
+
+    if (o->bench != NULL)
+        return bench(checker, o->bench, o->dtype);
+    if (o->large)
+        return large(checker);
+    if (o->broken != BREAK_NONE)
+        return run_all_broken(checker, o->broken, o->seed, (int64_t)o->cases);
+    if (o->has_one_case) {
+        struct test_case c;
+
+        case_draw(&c, o->one_case, checker->size);
+        case_print(&c, stdout);
+        printf("\n");
+        run_case(checker, o->one_case);
+        return summary(checker);
+    }
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    for (uint64_t i = 0; i < o->cases && checker->failures < 100; i++)
+        run_case(checker, case_seed(o->seed, (int64_t)i));
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    printf("checkmoe on %s, seed %" PRIu64 ", %.1f s\n", checker->ctx->info.name, o->seed,
+           (double)(end.tv_sec - begin.tv_sec) + 1e-9 * (double)(end.tv_nsec - begin.tv_nsec));
+    return summary(checker);
+}
+
+int main(int argc, char **argv)
+{
+    struct options o = {.seed = 1, .cases = 400, .dtype = MOE_BF16, .context = moe_context_options_init()};
+    struct checker checker = {.device_name = "cpu", .only_path = MOE_PATH_COUNT, .max_sms = -1, .size = CASE_NORMAL};
+    char text[1024];
+    int32_t previous;
+    bool capturing;
+
+    o.context.device = MOE_DEVICE_CPU;
+    if (!parse(argc, argv, &o, &checker))
+        return 2;
+    if (checker.size == CASE_NORMAL && o.context.device == MOE_DEVICE_CUDA)
+        checker.size = CASE_GPU;
+    setvbuf(stdout, NULL, _IOLBF, 0);
+
+    moe_status status = moe_context_create(&o.context, &checker.ctx);
+    if (status != MOE_OK) {
+        moe_last_error(NULL, text, sizeof text);
+        fprintf(stderr, "checkmoe: %s: %s (%s)\n", checker.device_name, moe_status_string(status), text);
+        return status == MOE_ERROR_NO_DEVICE ? EXIT_SKIPPED : EXIT_FAILURE;
+    }
+    checker.arena.ctx = checker.ctx;
+    /* Single steps run without the runtime around them, which would make the device current. */
+    if (checker.ctx->info.device == MOE_DEVICE_CUDA)
+        moe_cuda_enter(checker.ctx->info.device_index, NULL, &previous, &capturing, NULL);
+    int result = run(&checker, &o);
+    arena_free(&checker.arena);
+    moe_context_destroy(checker.ctx);
+    return result;
+}

@@ -1,0 +1,429 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A path step by step. The moe_call is made by hand, each buffer between guard bands, and each step is held to the
+ * contract (kernels.h) of the operations that it covers: what it wrote follows from what it was given, within the
+ * budget of one operation, and nothing else changed. What to check comes from the stages in the path's own list, so
+ * that a new path or a fused step is checked without a line here.
+ */
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+
+#include "tests/checkmoe/checkmoe.h"
+
+/* Region numbers; -1: the path does without. */
+struct setup {
+    int input, x, gate, w13, w2, logits, gate_ids, gate_weights, ids, weights;
+    int counts, offsets, row_token, row_slot, row_weight, slot_row, plan_scratch;
+    int rows, gate_up, act, down, scratch, output;
+    moe_dtype gate_up_dtype, act_dtype, down_dtype;
+    struct moe_call call;
+    struct moe_error error;
+};
+
+static int add_if(struct arena *arena, bool needed, const char *name, int64_t count, moe_dtype dtype)
+{
+    return needed ? arena_add(arena, name, (size_t)count * moe_dtype_size(dtype), NULL, 0) : -1;
+}
+
+static void *device(const struct arena *arena, int region)
+{
+    return region >= 0 ? arena_device(arena, region) : NULL;
+}
+
+static bool set_up(struct checker *checker, const struct test_case *c, const struct moe_path_info *path,
+                   struct setup *s)
+{
+    struct arena *arena = &checker->arena;
+    const int64_t tokens = c->tokens, pairs = tokens * c->slots, hidden = c->hidden, width = c->intermediate;
+    const size_t size = moe_dtype_size(c->dtype), io_size = moe_dtype_size(c->io_dtype);
+    const size_t weight_bytes = (size_t)(c->experts * hidden * width) * size;
+    struct moe_call *call = &s->call;
+
+    memset(s, 0, sizeof *s);
+    s->gate_up_dtype = path->gate_up_dtype ? path->gate_up_dtype : c->dtype;
+    s->act_dtype = path->act_dtype ? path->act_dtype : c->dtype;
+    s->down_dtype = path->down_dtype ? path->down_dtype : c->dtype;
+
+    arena_begin(arena, checker->ctx);
+    s->gate = arena_add(arena, "gate", (size_t)(c->experts * hidden) * moe_dtype_size(c->gate_dtype), c->gate, 0);
+    s->w13 = arena_add(arena, "w13", 2 * weight_bytes, c->w13, 0);
+    s->w2 = arena_add(arena, "w2", weight_bytes, c->w2, 0);
+    s->input = arena_add(arena, "input", (size_t)(tokens * hidden) * io_size, c->input, 0);
+    s->ids = arena_add(arena, "ids", (size_t)pairs * moe_dtype_size(c->ids_dtype), c->ids, 0);
+    s->weights = arena_add(arena, "weights", (size_t)pairs * sizeof(float), c->weights, 0);
+    s->output = arena_add(arena, "output", (size_t)(tokens * hidden) * io_size, NULL, 0);
+    s->x = add_if(arena, c->dtype != c->io_dtype, "x", tokens * hidden, c->dtype);
+    s->logits = add_if(arena, true, "logits", tokens * c->experts, MOE_F32);
+    s->gate_ids = add_if(arena, true, "gate.ids", tokens * c->top_k, MOE_I32);
+    s->gate_weights = add_if(arena, true, "gate.weights", tokens * c->top_k, MOE_F32);
+    s->counts = add_if(arena, true, "plan.counts", c->experts, MOE_I32);
+    s->offsets = add_if(arena, true, "plan.offsets", c->experts + 1, MOE_I32);
+    s->row_token = add_if(arena, true, "plan.row_token", pairs, MOE_I32);
+    s->row_slot = add_if(arena, true, "plan.row_slot", pairs, MOE_I32);
+    s->row_weight = add_if(arena, true, "plan.row_weight", pairs, MOE_F32);
+    s->slot_row = add_if(arena, true, "plan.slot_row", pairs, MOE_I32);
+    s->plan_scratch = arena_add(arena, "plan.scratch", moe_plan_scratch_bytes(tokens, c->slots, c->experts), NULL, 0);
+    s->rows = add_if(arena, path->needs & MOE_NEED_ROWS, "rows", pairs * hidden, c->dtype);
+    s->gate_up = add_if(arena, path->needs & MOE_NEED_GATE_UP, "gate_up", pairs * 2 * width, s->gate_up_dtype);
+    s->act = add_if(arena, path->needs & MOE_NEED_ACT, "act", pairs * width, s->act_dtype);
+    s->down = add_if(arena, path->needs & MOE_NEED_DOWN, "down", pairs * hidden, s->down_dtype);
+
+    *call = (struct moe_call){
+        .exec = &checker->ctx->exec,
+        .error = &s->error,
+        .max_sms = checker->max_sms >= 0 ? checker->max_sms : c->max_sms,
+        .tokens = tokens,
+        .hidden = hidden,
+        .intermediate = width,
+        .slots = c->slots,
+        .dtype = c->dtype,
+        .activation = MOE_ACTIVATION_SILU,
+        .io_dtype = c->io_dtype,
+        .gate = {.tokens = tokens,
+                 .hidden = hidden,
+                 .experts = c->experts,
+                 .top_k = c->top_k,
+                 .x_dtype = c->dtype,
+                 .gate_dtype = c->gate_dtype,
+                 .logits_dtype = c->logits_dtype,
+                 .topk_weight_dtype = c->topk_weight_dtype,
+                 .renormalize = c->renormalize},
+        .plan = {.tokens = tokens,
+                 .slots = c->slots,
+                 .experts = c->experts,
+                 .groups = c->experts,
+                 .ids_dtype = c->ids_dtype},
+    };
+    call->scratch_bytes = path->scratch != NULL ? path->scratch(call) : 0;
+    s->scratch = arena_add(arena, "scratch", call->scratch_bytes, NULL, 0);
+    if (!arena_ready(arena))
+        return false;
+
+    call->w13 = (struct moe_weights_view){device(arena, s->w13), c->dtype, c->experts, 2 * width, hidden};
+    call->w2 = (struct moe_weights_view){device(arena, s->w2), c->dtype, c->experts, hidden, width};
+    call->input = device(arena, s->input);
+    call->output = device(arena, s->output);
+    call->x = s->x >= 0 ? device(arena, s->x) : device(arena, s->input);
+    call->gate.x = call->x;
+    call->gate.gate = device(arena, s->gate);
+    call->gate.logits = device(arena, s->logits);
+    call->gate.ids = device(arena, s->gate_ids);
+    call->gate.weights = device(arena, s->gate_weights);
+    call->plan.ids = device(arena, s->ids);
+    call->plan.weights = device(arena, s->weights);
+    call->plan.plan =
+        (struct moe_plan){device(arena, s->counts),   device(arena, s->offsets),    device(arena, s->row_token),
+                          device(arena, s->row_slot), device(arena, s->row_weight), device(arena, s->slot_row)};
+    call->plan.scratch = device(arena, s->plan_scratch);
+    call->rows = device(arena, s->rows);
+    call->gate_up = device(arena, s->gate_up);
+    call->act = device(arena, s->act);
+    call->down = device(arena, s->down);
+    call->scratch = device(arena, s->scratch);
+    return true;
+}
+
+static uint64_t bit(int region)
+{
+    return region >= 0 ? UINT64_C(1) << region : 0;
+}
+
+/* What a step of these stages may change. */
+static uint64_t writes(const struct setup *s, unsigned stages)
+{
+    uint64_t regions = bit(s->scratch);
+
+    if (stages & MOE_STAGE_ENTRY)
+        regions |= bit(s->x);
+    if (stages & MOE_STAGE_LOGITS)
+        regions |= bit(s->logits);
+    if (stages & MOE_STAGE_TOPK)
+        regions |= bit(s->gate_ids) | bit(s->gate_weights);
+    if (stages & MOE_STAGE_PLAN)
+        regions |= bit(s->counts) | bit(s->offsets) | bit(s->row_token) | bit(s->row_slot) | bit(s->row_weight) |
+                   bit(s->slot_row) | bit(s->plan_scratch);
+    if (stages & MOE_STAGE_GATHER)
+        regions |= bit(s->rows);
+    if (stages & MOE_STAGE_GEMM1)
+        regions |= bit(s->gate_up);
+    if (stages & MOE_STAGE_ACTIVATION)
+        regions |= bit(s->act);
+    if (stages & MOE_STAGE_GEMM2)
+        regions |= bit(s->down);
+    if (stages & MOE_STAGE_COMBINE)
+        regions |= bit(s->output);
+    return regions;
+}
+
+static bool same_ints(struct checker *checker, int region, const int32_t *expected, int64_t count)
+{
+    const int32_t *got = arena_host(&checker->arena, region);
+
+    for (int64_t i = 0; i < count; i++)
+        if (got[i] != expected[i]) {
+            check_fail(checker, "%s[%" PRId64 "] is %d, expected %d", checker->arena.regions[region].name, i, got[i],
+                       expected[i]);
+            return false;
+        }
+    return true;
+}
+
+static void check_plan(struct checker *checker, const struct test_case *c, const struct setup *s)
+{
+    const int64_t pairs = c->tokens * c->slots;
+    int32_t *ints = malloc((size_t)(2 * c->experts + 1 + 4 * pairs) * sizeof(int32_t));
+    struct moe_plan_args args = s->call.plan;
+
+    if (ints == NULL)
+        return;
+    args.ids = c->ids;
+    args.weights = c->weights;
+    args.plan = (struct moe_plan){.counts = ints, .offsets = ints + c->experts};
+    args.plan.row_token = args.plan.offsets + c->experts + 1;
+    args.plan.row_slot = args.plan.row_token + pairs;
+    args.plan.slot_row = args.plan.row_slot + pairs;
+    args.plan.row_weight = (float *)(args.plan.slot_row + pairs);
+    moe_plan_ref(&args);
+
+    const int64_t rows = args.plan.offsets[c->experts];
+    if (same_ints(checker, s->counts, args.plan.counts, c->experts) &&
+        same_ints(checker, s->offsets, args.plan.offsets, c->experts + 1) &&
+        same_ints(checker, s->row_token, args.plan.row_token, rows) &&
+        same_ints(checker, s->row_slot, args.plan.row_slot, rows) &&
+        same_ints(checker, s->slot_row, args.plan.slot_row, pairs) &&
+        memcmp(arena_host(&checker->arena, s->row_weight), args.plan.row_weight, (size_t)rows * sizeof(float)) != 0)
+        check_fail(checker, "plan.row_weight differs from the weights of its rows");
+    free(ints);
+}
+
+static const int32_t *plan_ints(const struct checker *checker, int region)
+{
+    return arena_host(&checker->arena, region);
+}
+
+static void check_entry(struct checker *checker, const struct test_case *c, const struct setup *s)
+{
+    const size_t size = moe_dtype_size(c->dtype), row = (size_t)c->hidden * size;
+
+    for (int64_t t = 0; s->x >= 0 && t < c->tokens; t++)
+        for (int64_t h = 0; h < c->hidden; h++)
+            if (memcmp((char *)arena_host(&checker->arena, s->x) + t * row + h * size,
+                       (char *)c->x + t * row + h * size, size) != 0) {
+                check_fail(checker, "x[token %" PRId64 "][column %" PRId64 "] is %.9g, expected %.9g", t, h,
+                           moe_load_f32(arena_host(&checker->arena, s->x), c->dtype, t * c->hidden + h),
+                           moe_load_f32(c->x, c->dtype, t * c->hidden + h));
+                return;
+            }
+}
+
+static void check_gather(struct checker *checker, const struct test_case *c, const struct setup *s)
+{
+    const size_t row = (size_t)c->hidden * moe_dtype_size(c->dtype);
+    const char *got = arena_host(&checker->arena, s->rows);
+
+    for (int32_t r = 0; r < plan_ints(checker, s->offsets)[c->experts]; r++) {
+        int32_t token = plan_ints(checker, s->row_token)[r];
+        if (memcmp(got + r * row, (char *)c->x + token * row, row) != 0) {
+            check_fail(checker, "rows[%d] is not x of token %d", r, token);
+            return;
+        }
+    }
+}
+
+/* A buffer of rows: [R, width] of dtype. */
+struct rows_buffer {
+    int region;
+    moe_dtype dtype;
+    int64_t width;
+};
+
+/* Nothing may be written past the last row in use. */
+static void check_tail(struct checker *checker, const struct rows_buffer *buffer, int64_t rows)
+{
+    const struct region *region = &checker->arena.regions[buffer->region];
+    const size_t used = (size_t)(rows * buffer->width) * moe_dtype_size(buffer->dtype);
+
+    if (memcmp(checker->arena.image + region->offset + used, checker->arena.before + region->offset + used,
+               region->bytes - used) != 0)
+        check_fail(checker, "%s is written past its %" PRId64 " rows in use", region->name, rows);
+}
+
+static void check_rows(struct checker *checker, const struct test_case *c, const struct setup *s, unsigned stages)
+{
+    const struct rows_buffer x = {s->x >= 0 ? s->x : s->input, c->dtype, c->hidden};
+    const struct rows_buffer gate_up = {s->gate_up, s->gate_up_dtype, 2 * c->intermediate};
+    const struct rows_buffer act = {s->act, s->act_dtype, c->intermediate}, down = {s->down, s->down_dtype, c->hidden};
+    const struct rows_buffer from = stages & MOE_STAGE_GEMM1 ? x : stages & MOE_STAGE_ACTIVATION ? gate_up : act;
+    const struct rows_buffer to = stages & MOE_STAGE_GEMM2 ? down : stages & MOE_STAGE_ACTIVATION ? act : gate_up;
+    const bool fused = (stages & (stages - 1)) != 0;
+    const bool any_f16 = c->dtype == MOE_F16 || to.dtype == MOE_F16;
+    const double budget = fused ? budget_layer(c->dtype, to.dtype) : budget_operation(to.dtype);
+    const int32_t *offsets = plan_ints(checker, s->offsets), *row_token = plan_ints(checker, s->row_token);
+    const void *source = arena_host(&checker->arena, from.region), *result = arena_host(&checker->arena, to.region);
+    double *in = malloc((size_t)(BLOCK_ROWS * (from.width + 2 * to.width)) * sizeof(double));
+    double *work = malloc(rows64_work(c) * sizeof(double));
+    double *out = in + BLOCK_ROWS * from.width, *typical = out + BLOCK_ROWS * to.width;
+
+    for (int32_t e = 0; in != NULL && work != NULL && e < c->experts; e++)
+        for (int32_t first = offsets[e]; first < offsets[e + 1]; first += BLOCK_ROWS) {
+            int count = offsets[e + 1] - first < BLOCK_ROWS ? offsets[e + 1] - first : BLOCK_ROWS;
+
+            for (int r = 0; r < count; r++)
+                for (int64_t i = 0; i < from.width; i++)
+                    in[r * from.width + i] =
+                        moe_load_f32(source, from.dtype,
+                                     (stages & MOE_STAGE_GEMM1 ? row_token[first + r] : first + r) * from.width + i);
+            rows64(c, e, stages, count, in, out, typical, work);
+            for (int r = 0; r < count; r++) {
+                int64_t column = 0;
+                double error = row_error(result, to.dtype, (first + r) * to.width, out + r * to.width,
+                                         typical + r * to.width, to.width, any_f16, &column);
+
+                check_used(checker, error / budget);
+                if (error <= budget)
+                    continue;
+                check_fail(checker,
+                           "%s[row %d][column %" PRId64
+                           "] is %.9g, expected %.9g (expert %d, its row %d, token %d); error "
+                           "of the row %.3g, budget %.3g",
+                           checker->arena.regions[to.region].name, first + r, column,
+                           moe_load_f32(result, to.dtype, (first + r) * to.width + column), out[r * to.width + column],
+                           e, first + r - offsets[e], row_token[first + r], error, budget);
+                goto done;
+            }
+        }
+    check_tail(checker, &to, offsets[c->experts]);
+done:
+    free(in);
+    free(work);
+}
+
+static void check_combine(struct checker *checker, const struct test_case *c, const struct setup *s)
+{
+    const int64_t hidden = c->hidden;
+    const double budget = budget_operation(c->io_dtype);
+    const int32_t *slot_row = plan_ints(checker, s->slot_row);
+    const void *down = arena_host(&checker->arena, s->down), *output = arena_host(&checker->arena, s->output);
+    double *expected = malloc((size_t)hidden * 2 * sizeof(double)), *typical = expected + hidden;
+
+    for (int64_t t = 0; expected != NULL && t < c->tokens; t++) {
+        int64_t column = 0;
+
+        memset(expected, 0, (size_t)hidden * 2 * sizeof(double));
+        for (int32_t slot = 0; slot < c->slots; slot++) {
+            int64_t row = slot_row[t * c->slots + slot];
+
+            for (int64_t h = 0; row >= 0 && h < hidden; h++) {
+                double term =
+                    (double)c->weights[t * c->slots + slot] * moe_load_f32(down, s->down_dtype, row * hidden + h);
+                expected[h] += term;
+                typical[h] += term * term;
+            }
+        }
+        for (int64_t h = 0; h < hidden; h++)
+            typical[h] = sqrt(typical[h]);
+        double error =
+            row_error(output, c->io_dtype, t * hidden, expected, typical, hidden, c->io_dtype == MOE_F16, &column);
+        check_used(checker, error / budget);
+        if (!(error <= budget)) {
+            check_fail(checker,
+                       "output[token %" PRId64 "][column %" PRId64 "] is %.9g, expected %.9g; error of the row %.3g, "
+                       "budget %.3g",
+                       t, column, moe_load_f32(output, c->io_dtype, t * hidden + column), expected[column], error,
+                       budget);
+            break;
+        }
+    }
+    free(expected);
+}
+
+static void check_step(struct checker *checker, const struct test_case *c, const struct setup *s, unsigned stages)
+{
+    const unsigned rows = MOE_STAGE_GEMM1 | MOE_STAGE_ACTIVATION | MOE_STAGE_GEMM2;
+
+    if (stages & MOE_STAGE_ENTRY)
+        check_entry(checker, c, s);
+    if (stages & MOE_STAGE_LOGITS)
+        check_logits(checker, arena_host(&checker->arena, s->logits));
+    if (stages & MOE_STAGE_TOPK)
+        check_topk(checker, arena_host(&checker->arena, s->logits), arena_host(&checker->arena, s->gate_ids),
+                   arena_host(&checker->arena, s->gate_weights));
+    if (stages & MOE_STAGE_PLAN)
+        check_plan(checker, c, s);
+    if ((stages & MOE_STAGE_GATHER) && !(stages & rows))
+        check_gather(checker, c, s);
+    if (stages & rows)
+        check_rows(checker, c, s, stages & rows);
+    if (stages & MOE_STAGE_COMBINE)
+        check_combine(checker, c, s);
+}
+
+static void plant(struct checker *checker, const struct test_case *c, const struct setup *s, unsigned stages, int run)
+{
+    int32_t *row_token = arena_host(&checker->arena, s->row_token);
+
+    if (checker->broken == BREAK_PLAN && (stages & MOE_STAGE_PLAN) && plan_ints(checker, s->offsets)[c->experts] > 0) {
+        row_token[0]++;
+        checker->planted = true;
+    }
+    if (stages & MOE_STAGE_COMBINE)
+        plant_output(checker, s->output, c, run);
+}
+
+static bool run_step(struct checker *checker, const struct test_case *c, struct setup *s, const struct moe_step *step,
+                     int run)
+{
+    struct arena *arena = &checker->arena;
+
+    /* Top-k gets logits that no gate would give it. */
+    if ((step->stages & MOE_STAGE_TOPK) && !(step->stages & MOE_STAGE_LOGITS) &&
+        !check_call(checker, arena_write(arena, s->logits, c->logits), "copying to the device"))
+        return false;
+    memcpy(arena->before, arena->image, arena->used);
+    if (!check_call(checker, step->run(&s->call), s->error.text[0] ? s->error.text : step->name) ||
+        !check_call(checker, moe_synchronize(checker->ctx, NULL), "moe_synchronize") ||
+        !check_call(checker, arena_fetch(arena), "copying from the device"))
+        return false;
+    plant(checker, c, s, step->stages, run);
+    return check_arena(checker, writes(s, step->stages));
+}
+
+void check_steps(struct checker *checker, const struct test_case *c, moe_path path)
+{
+    const struct moe_path_info *info = moe_path_info_get(path);
+    struct setup s;
+    uint8_t *first = NULL;
+
+    checker->op = "set-up";
+    if (c->tokens == 0 || info == NULL || !set_up(checker, c, info, &s)) /* no call without tokens reaches a step */
+        return;
+
+    const struct region *output = &checker->arena.regions[s.output];
+    for (int run = 0; run < c->repeats; run++) {
+        int64_t failures = checker->failures;
+
+        if (!check_call(checker, arena_send(&checker->arena, run % 2 ? 0x5a : 0xff), "copying to the device"))
+            break;
+        for (const struct moe_step *step = info->steps; step->run != NULL; step++) {
+            checker->op = step->name;
+            if (!run_step(checker, c, &s, step, run))
+                break;
+            if (run == 0 && (checker->only_op == NULL || strcmp(checker->only_op, step->name) == 0))
+                check_step(checker, c, &s, step->stages);
+            if (checker->failures != failures) /* what follows from a wrong result is of no interest */
+                break;
+        }
+        if (checker->failures != failures)
+            break;
+        if (run == 0) {
+            first = malloc(output->bytes + 1);
+            if (first != NULL)
+                memcpy(first, checker->arena.image + output->offset, output->bytes);
+        } else if (first != NULL && memcmp(first, checker->arena.image + output->offset, output->bytes) != 0) {
+            check_fail(checker, "output differs from the first run's (run %d, other memory contents)", run + 1);
+            break;
+        }
+    }
+    free(first);
+}

@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A fuzz target is one file, fuzz_NAME.c, with the three functions below. With clang and -Dfuzzers=true it is a
+ * libFuzzer program; in every build driver.c runs it as an ordinary test, over its seeds and mutations of them.
+ */
+#ifndef MOE_FUZZ_FUZZ_H
+#define MOE_FUZZ_FUZZ_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "tests/fuzz/mutate.h"
+
+/* Writes the i-th valid input and returns its size; 0 past the last. */
+size_t fuzz_seed(size_t i, uint8_t *data, size_t max_size);
+/* Changes the input in one or a few places that the format has names for. */
+size_t fuzz_mutate(struct mutate *m, uint8_t *data, size_t size, size_t max_size);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+/* What libFuzzer calls (mutate.c): mostly fuzz_mutate, at times a seed, or noise in the bytes. */
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed);
+/* Noise in the bytes, from libFuzzer or from driver.c. */
+size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max_size);
+
+/* Stops the run: the target found the library to be wrong. */
+#define FUZZ_CHECK(condition)                                                                                          \
+    do {                                                                                                               \
+        if (!(condition))                                                                                              \
+            fuzz_failed(#condition, __FILE__, __LINE__);                                                               \
+    } while (0)
+_Noreturn void fuzz_failed(const char *condition, const char *file, int line);
+
+#endif

@@ -1,0 +1,144 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The parts of `moe bench`: a workload (a layer and its tokens), a machine (a clock, and the two ceilings that it
+ * measures), the meter that brings both together at each token count, and the report.
+ */
+#ifndef MOE_TOOLS_BENCH_BENCH_H
+#define MOE_TOOLS_BENCH_BENCH_H
+
+#include <stdbool.h>
+
+#include "config/error.h"
+
+/* ---- Workload (workload.c) ---- */
+
+struct bench_shape {
+    const char *name;
+    int64_t hidden, intermediate;
+    int32_t experts, top_k;
+};
+
+/* The i-th shape known by name, NULL past the last; the one called `name`, or NULL. */
+const struct bench_shape *bench_shape_at(size_t i);
+const struct bench_shape *bench_shape_find(const char *name);
+
+enum bench_routing {
+    BENCH_UNIFORM, /* as a random router spreads random tokens */
+    BENCH_ZIPF,    /* log(1 / rank) added to the logits: expert 0 is the most wanted */
+    BENCH_SINGLE,  /* every token goes to experts 0 to top_k - 1 */
+};
+
+struct bench_workload {
+    moe_context *ctx;
+    moe_layer *layer;
+    moe_layer_desc desc;
+    moe_layer_weights weights; /* where the layer's are, for the read ceiling */
+    void *parts[3];            /* weights that the workload owns, on the device */
+    int64_t max_tokens;
+    void *hidden_states, *output; /* [max_tokens, hidden], the layer's dtype; on the device */
+    int32_t *ids;                 /* [max_tokens, top_k], on the device */
+    float *topk_weights;          /* [max_tokens, top_k], on the device */
+};
+
+/* A layer of random weights on the context's device. On failure the text is the context's, unless err has one;
+ * bench_workload_free cleans up in any case. */
+moe_status bench_workload_create(struct bench_workload *w, moe_context *ctx, const struct bench_shape *shape,
+                                 moe_dtype dtype, enum bench_routing routing);
+/* Takes a layer that was loaded; the workload destroys it. */
+moe_status bench_workload_adopt(struct bench_workload *w, moe_context *ctx, moe_layer *layer);
+/* Random hidden states for up to max_tokens tokens. */
+moe_status bench_workload_tokens(struct bench_workload *w, int64_t max_tokens, enum bench_routing routing);
+void bench_workload_free(struct bench_workload *w);
+
+/* ---- A point: the workload with a number of tokens ---- */
+
+struct bench_point {
+    int64_t tokens, rows; /* rows = tokens * top_k */
+    int64_t hidden, intermediate;
+    moe_dtype dtype;
+    const void *w13, *w2;                         /* [E, 2I, H] and [E, H, I], on the device */
+    int32_t touched;                              /* experts with at least one token */
+    int32_t touched_ids[MOE_MAX_EXPERTS];         /* the first `touched` */
+    double weight_bytes, activation_bytes, flops; /* that any implementation must move and do */
+};
+
+/* Routes the first `tokens` tokens, which leaves ids and weights in the workload, and counts what that needs. */
+moe_status bench_point_set(struct bench_point *p, const struct bench_workload *w, int64_t tokens);
+
+/* ---- Machine: probe_cpu.c, probe_cuda.cu (probe_cuda_none.c in a build without CUDA) ---- */
+
+/* Something to time. `graph` belongs to the machine: what `run` enqueues, if that could be captured. */
+struct bench_call {
+    moe_status (*run)(void *argument, void *stream);
+    void *argument;
+    void *graph;
+};
+
+/* A failure's text is in err; if err stays empty, it is the context's. Times are in seconds. */
+struct bench_machine {
+    /* Called once a point, before the ceilings; *p stays until the next one. */
+    moe_status (*point)(struct bench_machine *m, const struct bench_point *p, struct moe_error *err);
+    /* How long reading the point's bytes takes, and a dense matrix product of its FLOPs; one sample each. After `read`
+     * the caches hold nothing of the layer. */
+    moe_status (*read)(struct bench_machine *m, double *seconds, struct moe_error *err);
+    moe_status (*dense)(struct bench_machine *m, double *seconds, struct moe_error *err);
+    /* Runs the call once and, where there are graphs, captures it; a call that refuses capture is timed as it is. */
+    moe_status (*prepare)(struct bench_machine *m, struct bench_call *call, struct moe_error *err);
+    /* One sample. */
+    moe_status (*time)(struct bench_machine *m, struct bench_call *call, double *seconds, struct moe_error *err);
+    void (*release)(struct bench_machine *m, struct bench_call *call); /* what prepare made */
+    void (*close)(struct bench_machine *m);
+    const char *read_how;  /* what the ceilings are, for people */
+    const char *dense_how; /* NULL: there is none, `dense` is not to be called */
+    const char *dense_why; /* then why */
+};
+
+moe_status bench_cpu_open(int32_t threads, struct bench_machine **machine, struct moe_error *err);
+moe_status bench_cuda_open(int32_t device, struct bench_machine **machine, struct moe_error *err);
+
+/* ---- Meter (measure.c): the samples of one point after another ---- */
+
+struct bench_meter;
+struct bench_report;
+
+/* A point gets up to `reps` samples of everything, and after `seconds` no more than it must have. NULL: no memory. */
+struct bench_meter *bench_meter_open(const struct bench_workload *workload, struct bench_machine *machine, int64_t reps,
+                                     double seconds);
+void bench_meter_close(struct bench_meter *m); /* accepts NULL */
+/* A path to time, once; with `stages` also its router and its experts alone. False: no memory. */
+bool bench_meter_add(struct bench_meter *m, moe_path path, bool stages);
+/* Measures one point and reports it. Token counts must not fall: what takes long is known from the smaller ones. On
+ * failure the text is in err, or if err stays empty, the context's. */
+moe_status bench_meter_point(struct bench_meter *m, int64_t tokens, struct bench_report *report, struct moe_error *err);
+
+/* ---- Report (report.c): a table, CSV or JSON on stdout ---- */
+
+struct bench_time {
+    double median, p99;
+    int32_t samples; /* 0: not measured */
+};
+
+struct bench_result {
+    const char *part; /* "layer", "route" or "experts" */
+    moe_path wanted, ran;
+    bool graph; /* timed as a CUDA graph */
+    struct bench_time time;
+    char note[512]; /* not measured: why */
+};
+
+enum bench_format { BENCH_TABLE, BENCH_CSV, BENCH_JSON };
+
+/* Sorts the samples. */
+struct bench_time bench_time_of(double *samples, int32_t count);
+
+/* `title` names the layer; `routing` the distribution. NULL: out of memory. */
+struct bench_report *bench_report_open(enum bench_format format, const struct bench_workload *w, const char *title,
+                                       const char *routing, const struct bench_machine *machine);
+/* A path that cannot run at any point. */
+void bench_report_without(struct bench_report *r, moe_path path, const char *why);
+void bench_report_point(struct bench_report *r, const struct bench_point *p, const struct bench_time *read,
+                        const struct bench_time *dense, const struct bench_result *results, int count);
+/* Writes what is left to write if the bench is whole, frees, and returns an exit code. */
+int bench_report_close(struct bench_report *r, bool whole);
+
+#endif

@@ -1,0 +1,233 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "tools/bench/bench.h"
+#include "tools/cli.h"
+
+struct bench_report {
+    enum bench_format format;
+    cJSON *root, *points, *without;
+    bool titles; /* the table's column titles are out */
+};
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+struct bench_time bench_time_of(double *samples, int32_t count)
+{
+    struct bench_time time = {.samples = count};
+    if (count == 0)
+        return time;
+    qsort(samples, (size_t)count, sizeof *samples, by_value);
+    time.median = 0.5 * (samples[(count - 1) / 2] + samples[count / 2]);
+    time.p99 = samples[(int32_t)(((int64_t)count * 99 + 99) / 100) - 1];
+    return time;
+}
+
+struct bench_report *bench_report_open(enum bench_format format, const struct bench_workload *w, const char *title,
+                                       const char *routing, const struct bench_machine *machine)
+{
+    struct bench_report *r = calloc(1, sizeof *r);
+    if (!r)
+        return NULL;
+    r->format = format;
+    char desc[256], device[512], size[32];
+    cli_show_desc(&w->desc, desc, sizeof desc);
+    cli_show_device(w->ctx, device, sizeof device);
+    const char *dense = machine->dense_how ? machine->dense_how : "none, ";
+    const char *dense_why = machine->dense_how ? "" : machine->dense_why;
+    if (format == BENCH_TABLE) {
+        printf("%s: %s, %s of weights; %s routing\n%s\n", title, desc,
+               cli_show_bytes((double)cli_layer_bytes(&w->desc), size, sizeof size), routing, device);
+        printf("floor: the longer of read (%s) and dense (%s%s), medians of the same run\n", machine->read_how, dense,
+               dense_why);
+    } else if (format == BENCH_CSV) {
+        puts("tokens,path,part,ran,seconds,p99_seconds,samples,graph,bytes,gb_per_s,tflop_per_s,share,read_seconds,"
+             "dense_seconds,experts,note");
+    } else {
+        r->root = cli_json_object(NULL, NULL);
+        cli_json_string(r->root, "workload", title);
+        cli_json_string(r->root, "routing", routing);
+        cli_json_desc(cli_json_object(r->root, "layer"), &w->desc);
+        cli_json_device(cli_json_object(r->root, "device"), w->ctx);
+        cli_json_string(r->root, "read", machine->read_how);
+        cli_json_string(r->root, machine->dense_how ? "dense" : "no_dense",
+                        machine->dense_how ? dense : machine->dense_why);
+        r->without = cli_json_array(r->root, "unavailable");
+        r->points = cli_json_array(r->root, "points");
+    }
+    return r;
+}
+
+void bench_report_without(struct bench_report *r, moe_path path, const char *why)
+{
+    if (r->format == BENCH_TABLE)
+        printf("not here: %s\n", why);
+    cJSON *entry = cli_json_element(r->without);
+    cli_json_string(entry, "path", moe_path_name(path));
+    cli_json_string(entry, "why", why);
+}
+
+/* What the three formats say about one result. */
+struct figures {
+    double bytes, gb, tflop, share; /* 0: does not apply */
+};
+
+static struct figures figures_of(const struct bench_point *p, const struct bench_result *result, double floor)
+{
+    struct figures f = {0};
+    bool routes_only = strcmp(result->part, "route") == 0;
+    if (result->time.samples == 0 || routes_only)
+        return f;
+    f.bytes = p->weight_bytes + p->activation_bytes;
+    f.gb = 1e-9 * f.bytes / result->time.median;
+    f.tflop = 1e-12 * p->flops / result->time.median;
+    f.share = floor / result->time.median;
+    return f;
+}
+
+/* A number, or blanks for one that does not apply. */
+static const char *show(double value, const char *format, char *buffer, size_t bytes)
+{
+    buffer[0] = 0;
+    if (value > 0)
+        snprintf(buffer, bytes, format, value);
+    return buffer;
+}
+
+static void table_row(int64_t tokens, const char *name, double seconds, const struct figures *f, const char *note)
+{
+    char time[32] = "", moved[32] = "", gb[32], tflop[32], share[32];
+    if (seconds > 0)
+        cli_show_seconds(seconds, time, sizeof time);
+    if (f->bytes > 0)
+        cli_show_bytes(f->bytes, moved, sizeof moved);
+    char line[256];
+    int length = snprintf(line, sizeof line, "%6lld  %-24s %10s %10s %8s %9s %9s", (long long)tokens, name, time, moved,
+                          show(f->gb, "%.1f", gb, sizeof gb),
+                          show(f->tflop, f->tflop < 10 ? "%.3f" : "%.1f", tflop, sizeof tflop),
+                          show(100 * f->share, "%.1f %%", share, sizeof share));
+    while (!note[0] && length > 0 && line[length - 1] == ' ')
+        line[--length] = 0;
+    printf("%s%s%s\n", line, note[0] ? "  " : "", note);
+}
+
+static void table_point(struct bench_report *r, const struct bench_point *p, double read, double dense,
+                        const struct bench_result *results, int count, double floor)
+{
+    if (!r->titles)
+        printf("\n%6s  %-24s %10s %10s %8s %9s %9s\n", "tokens", "path", "time", "moved", "GB/s", "TFLOP/s",
+               "of floor");
+    r->titles = true;
+    double bytes = p->weight_bytes + p->activation_bytes;
+    char note[64];
+    snprintf(note, sizeof note, "%d expert%s", p->touched, p->touched == 1 ? "" : "s");
+    table_row(p->tokens, "(read)", read, &(struct figures){.bytes = bytes, .gb = 1e-9 * bytes / read}, note);
+    if (dense > 0)
+        table_row(p->tokens, "(dense)", dense, &(struct figures){.tflop = 1e-12 * p->flops / dense}, "");
+    for (int i = 0; i < count; i++) {
+        const struct bench_result *result = &results[i];
+        struct figures f = figures_of(p, result, floor);
+        char name[64];
+        snprintf(name, sizeof name, "%s%s%s%s%s", moe_path_name(result->wanted),
+                 result->ran != result->wanted ? " > " : "",
+                 result->ran != result->wanted ? moe_path_name(result->ran) : "",
+                 strcmp(result->part, "layer") ? " " : "", strcmp(result->part, "layer") ? result->part : "");
+        table_row(p->tokens, name, result->time.median, &f, result->note);
+    }
+    fflush(stdout); /* a point can take a minute */
+}
+
+static void csv_point(const struct bench_point *p, double read, double dense, const struct bench_result *results,
+                      int count, double floor)
+{
+    for (int i = 0; i < count; i++) {
+        const struct bench_result *result = &results[i];
+        struct figures f = figures_of(p, result, floor);
+        char buffers[8][32];
+        printf("%lld,%s,%s,%s,%s,%s,%d,%d,%s,%s,%s,%s,%.9g,%s,%d,\"", (long long)p->tokens,
+               moe_path_name(result->wanted), result->part, moe_path_name(result->ran),
+               show(result->time.median, "%.9g", buffers[0], 32), show(result->time.p99, "%.9g", buffers[1], 32),
+               result->time.samples, result->graph, show(f.bytes, "%.0f", buffers[2], 32),
+               show(f.gb, "%.6g", buffers[3], 32), show(f.tflop, "%.6g", buffers[4], 32),
+               show(f.share, "%.4f", buffers[5], 32), read, show(dense, "%.9g", buffers[6], 32), p->touched);
+        for (const char *c = result->note; *c; c++) {
+            putchar(*c);
+            if (*c == '"')
+                putchar('"');
+        }
+        puts("\"");
+    }
+    fflush(stdout);
+}
+
+static void json_time(cJSON *object, const char *name, const struct bench_time *time)
+{
+    if (time->samples == 0)
+        return;
+    cJSON *entry = cli_json_object(object, name);
+    cli_json_number(entry, "median_seconds", time->median);
+    cli_json_number(entry, "p99_seconds", time->p99);
+    cli_json_number(entry, "samples", time->samples);
+}
+
+static void json_point(struct bench_report *r, const struct bench_point *p, const struct bench_time *read,
+                       const struct bench_time *dense, const struct bench_result *results, int count, double floor)
+{
+    cJSON *point = cli_json_element(r->points);
+    cli_json_number(point, "tokens", (double)p->tokens);
+    cli_json_number(point, "experts_touched", p->touched);
+    cli_json_number(point, "weight_bytes", p->weight_bytes);
+    cli_json_number(point, "activation_bytes", p->activation_bytes);
+    cli_json_number(point, "flops", p->flops);
+    json_time(point, "read", read);
+    json_time(point, "dense", dense);
+    cli_json_number(point, "floor_seconds", floor);
+    cJSON *list = cli_json_array(point, "results");
+    for (int i = 0; i < count; i++) {
+        const struct bench_result *result = &results[i];
+        struct figures f = figures_of(p, result, floor);
+        cJSON *entry = cli_json_element(list);
+        cli_json_string(entry, "path", moe_path_name(result->wanted));
+        cli_json_string(entry, "part", result->part);
+        if (result->time.samples == 0) {
+            cli_json_string(entry, "skipped", result->note);
+            continue;
+        }
+        cli_json_string(entry, "ran", moe_path_name(result->ran));
+        cli_json_bool(entry, "graph", result->graph);
+        json_time(entry, "time", &result->time);
+        if (f.bytes > 0) {
+            cli_json_number(entry, "gb_per_s", f.gb);
+            cli_json_number(entry, "tflop_per_s", f.tflop);
+            cli_json_number(entry, "share_of_floor", f.share);
+        }
+    }
+}
+
+void bench_report_point(struct bench_report *r, const struct bench_point *p, const struct bench_time *read,
+                        const struct bench_time *dense, const struct bench_result *results, int count)
+{
+    double floor = read->median > dense->median ? read->median : dense->median;
+    if (r->format == BENCH_TABLE)
+        table_point(r, p, read->median, dense->median, results, count, floor);
+    else if (r->format == BENCH_CSV)
+        csv_point(p, read->median, dense->median, results, count, floor);
+    else
+        json_point(r, p, read, dense, results, count, floor);
+}
+
+int bench_report_close(struct bench_report *r, bool whole)
+{
+    int code = CLI_EXIT_OK;
+    if (whole && r->format == BENCH_JSON)
+        code = cli_json_print(r->root);
+    else
+        cJSON_Delete(r->root);
+    free(r);
+    return code;
+}

@@ -1,0 +1,230 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A layer of random weights and the tokens that it routes as the user asked. */
+#include <math.h>
+#include <stdlib.h>
+
+#include "config/convert.h"
+#include "tools/bench/bench.h"
+#include "tools/cli.h"
+#include "tools/normal.h"
+
+enum { SEED = 1, CHUNK_BYTES = 4 << 20 };
+
+/* Hidden, intermediate, experts, top_k of one device's share of well-known layers, as plain SwiGLU. */
+static const struct bench_shape shapes[] = {
+    {"mixtral-8x7b", 4096, 14336, 8, 2}, {"phi3.5-moe", 4096, 6400, 16, 2},      {"dsv3-ep4", 7168, 2048, 64, 8},
+    {"gpt-oss", 2880, 2880, 32, 4},      {"qwen2-moe-a2.7b", 2048, 1408, 60, 4}, {"qwen3-30b-a3b", 2048, 768, 128, 8},
+    {"olmoe", 2048, 1024, 64, 8},
+};
+
+const struct bench_shape *bench_shape_at(size_t i)
+{
+    return i < sizeof shapes / sizeof *shapes ? &shapes[i] : NULL;
+}
+
+const struct bench_shape *bench_shape_find(const char *name)
+{
+    for (size_t i = 0; bench_shape_at(i); i++) {
+        if (strcmp(name, shapes[i].name) == 0)
+            return &shapes[i];
+    }
+    return NULL;
+}
+
+/* count normal elements on the device. */
+static moe_status fill(moe_context *ctx, void *device, moe_dtype dtype, int64_t count, double deviation,
+                       const char *name)
+{
+    struct normal *stream = malloc(sizeof *stream);
+    char *chunk = malloc(CHUNK_BYTES);
+    moe_status status = stream && chunk ? MOE_OK : MOE_ERROR_OUT_OF_MEMORY;
+    int64_t size = (int64_t)moe_dtype_size(dtype), step = CHUNK_BYTES / size;
+    if (status == MOE_OK) {
+        normal_init(stream, dtype, deviation);
+        normal_seek(stream, SEED, name);
+    }
+    struct cli_progress progress = {.what = name};
+    for (int64_t done = 0; status == MOE_OK && done < count; done += step) {
+        int64_t n = count - done < step ? count - done : step;
+        normal_fill(stream, (uint64_t)done, n, chunk);
+        status = moe_copy_in(ctx, (char *)device + done * size, chunk, (size_t)(n * size), NULL);
+        cli_progress_update(&progress, (uint64_t)((done + n) * size), (uint64_t)(count * size));
+    }
+    cli_progress_end(&progress);
+    free(chunk);
+    free(stream);
+    return status;
+}
+
+/*
+ * Skewed routing by the router itself: element 0 of every hidden state is 1 (bench_workload_tokens), so that column 0
+ * of the gate is a bias on the logits.
+ */
+static double logit_bias(enum bench_routing routing, int32_t expert, int32_t top_k)
+{
+    switch (routing) {
+    case BENCH_ZIPF:
+        return -log(1.0 + expert);
+    case BENCH_SINGLE:
+        return expert < top_k ? 32 : 0;
+    default:
+        return 0;
+    }
+}
+
+static moe_status bias_gate(moe_context *ctx, void *gate, const moe_layer_desc *desc, enum bench_routing routing)
+{
+    size_t size = moe_dtype_size(desc->gate_dtype), row = (size_t)desc->hidden_size * size;
+    moe_status status = MOE_OK;
+    for (int32_t e = 0; status == MOE_OK && e < desc->num_experts; e++) {
+        float value;
+        moe_store_f32(&value, desc->gate_dtype, 0, (float)logit_bias(routing, e, desc->top_k));
+        status = moe_copy_in(ctx, (char *)gate + (size_t)e * row, &value, size, NULL);
+    }
+    return status;
+}
+
+moe_status bench_workload_create(struct bench_workload *w, moe_context *ctx, const struct bench_shape *shape,
+                                 moe_dtype dtype, enum bench_routing routing)
+{
+    memset(w, 0, sizeof *w);
+    w->ctx = ctx;
+    moe_layer_desc desc = moe_layer_desc_init(dtype);
+    desc.hidden_size = shape->hidden;
+    desc.intermediate_size = shape->intermediate;
+    desc.num_experts = shape->experts;
+    desc.top_k = shape->top_k;
+
+    int64_t h = desc.hidden_size, i = desc.intermediate_size, e = desc.num_experts;
+    const struct {
+        const char *name;
+        int64_t count;
+        double deviation;
+    } parts[3] = {{"making the gate", e * h, 1 / sqrt((double)h)},
+                  {"making w13", 2 * e * i * h, 1 / sqrt((double)h)},
+                  {"making w2", e * h * i, 1 / sqrt((double)i)}};
+    moe_status status = MOE_OK;
+    for (int p = 0; status == MOE_OK && p < 3; p++) {
+        status = moe_buffer_alloc(ctx, (size_t)parts[p].count * moe_dtype_size(dtype), &w->parts[p]);
+        if (status == MOE_OK)
+            status = fill(ctx, w->parts[p], dtype, parts[p].count, parts[p].deviation, parts[p].name);
+    }
+    if (status == MOE_OK && routing != BENCH_UNIFORM)
+        status = bias_gate(ctx, w->parts[0], &desc, routing);
+
+    moe_layer_weights weights = moe_layer_weights_init();
+    weights.gate = w->parts[0];
+    weights.w13 = w->parts[1];
+    weights.w2 = w->parts[2];
+    moe_layer *layer = NULL;
+    if (status == MOE_OK)
+        status = moe_layer_create(ctx, &desc, &weights, &layer);
+    return status == MOE_OK ? bench_workload_adopt(w, ctx, layer) : status;
+}
+
+moe_status bench_workload_adopt(struct bench_workload *w, moe_context *ctx, moe_layer *layer)
+{
+    w->ctx = ctx;
+    w->layer = layer;
+    w->desc = moe_layer_desc_init(MOE_DTYPE_NONE);
+    w->weights = moe_layer_weights_init();
+    moe_status status = moe_layer_describe(layer, &w->desc);
+    return status == MOE_OK ? moe_layer_weights_get(layer, &w->weights) : status;
+}
+
+moe_status bench_workload_tokens(struct bench_workload *w, int64_t max_tokens, enum bench_routing routing)
+{
+    moe_dtype dtype = w->desc.dtype;
+    int64_t h = w->desc.hidden_size;
+    size_t row = (size_t)h * moe_dtype_size(dtype), bytes = (size_t)max_tokens * row;
+    size_t slots = (size_t)max_tokens * (size_t)w->desc.top_k;
+    w->max_tokens = max_tokens;
+    moe_status status = moe_buffer_alloc(w->ctx, bytes, &w->hidden_states);
+    if (status == MOE_OK)
+        status = moe_buffer_alloc(w->ctx, bytes, &w->output);
+    if (status == MOE_OK)
+        status = moe_buffer_alloc(w->ctx, slots * sizeof *w->ids, (void **)&w->ids);
+    if (status == MOE_OK)
+        status = moe_buffer_alloc(w->ctx, slots * sizeof *w->topk_weights, (void **)&w->topk_weights);
+    if (status == MOE_OK)
+        status = fill(w->ctx, w->hidden_states, dtype, max_tokens * h, 1, "making tokens");
+    float one;
+    moe_store_f32(&one, dtype, 0, 1);
+    for (int64_t t = 0; status == MOE_OK && routing != BENCH_UNIFORM && t < max_tokens; t++)
+        status = moe_copy_in(w->ctx, (char *)w->hidden_states + (size_t)t * row, &one, moe_dtype_size(dtype), NULL);
+    return status;
+}
+
+void bench_workload_free(struct bench_workload *w)
+{
+    if (!w->ctx)
+        return;
+    moe_layer_destroy(w->layer);
+    for (int p = 0; p < 3; p++)
+        moe_buffer_free(w->ctx, w->parts[p]);
+    moe_buffer_free(w->ctx, w->hidden_states);
+    moe_buffer_free(w->ctx, w->output);
+    moe_buffer_free(w->ctx, w->ids);
+    moe_buffer_free(w->ctx, w->topk_weights);
+    memset(w, 0, sizeof *w);
+}
+
+/* Lists the experts that the workload's ids name. */
+static moe_status count_touched(struct bench_point *p, const struct bench_workload *w)
+{
+    int32_t *ids = malloc((size_t)p->rows * sizeof *ids);
+    if (!ids)
+        return MOE_ERROR_OUT_OF_MEMORY;
+    moe_status status = moe_copy_out(w->ctx, ids, w->ids, (size_t)p->rows * sizeof *ids, NULL);
+    bool seen[MOE_MAX_EXPERTS] = {false};
+    for (int64_t i = 0; status == MOE_OK && i < p->rows; i++) {
+        if (ids[i] >= 0 && ids[i] < w->desc.num_experts)
+            seen[ids[i]] = true;
+    }
+    p->touched = 0;
+    for (int32_t e = 0; e < w->desc.num_experts; e++) {
+        if (seen[e])
+            p->touched_ids[p->touched++] = e;
+    }
+    free(ids);
+    return status;
+}
+
+moe_status bench_point_set(struct bench_point *p, const struct bench_workload *w, int64_t tokens)
+{
+    const moe_layer_desc *d = &w->desc;
+    p->tokens = tokens;
+    p->rows = tokens * d->top_k;
+    p->hidden = d->hidden_size;
+    p->intermediate = d->intermediate_size;
+    p->dtype = d->dtype;
+    p->w13 = w->weights.w13;
+    p->w2 = w->weights.w2;
+
+    moe_limits limits = moe_limits_init();
+    limits.max_tokens = tokens;
+    size_t bytes;
+    void *workspace = NULL;
+    moe_status status = moe_workspace_size(w->layer, &limits, &bytes);
+    if (status == MOE_OK)
+        status = moe_buffer_alloc(w->ctx, bytes, &workspace);
+    moe_batch batch = moe_batch_init();
+    batch.tokens = tokens;
+    batch.dtype = d->dtype;
+    batch.hidden_states = w->hidden_states;
+    batch.topk_ids_out = w->ids;
+    batch.topk_weights_out = w->topk_weights;
+    if (status == MOE_OK)
+        status = moe_route(w->layer, &batch, workspace, bytes, NULL);
+    if (status == MOE_OK)
+        status = moe_synchronize(w->ctx, NULL);
+    moe_buffer_free(w->ctx, workspace);
+    if (status == MOE_OK)
+        status = count_touched(p, w);
+
+    double t = (double)tokens, h = (double)d->hidden_size, i = (double)d->intermediate_size, e = d->num_experts;
+    p->weight_bytes = (double)p->touched * (double)cli_expert_bytes(d) + (double)cli_gate_bytes(d);
+    p->activation_bytes = 2 * t * h * (double)moe_dtype_size(d->dtype);
+    p->flops = 6 * (double)p->rows * h * i + 2 * t * h * e;
+    return status;
+}

@@ -1,0 +1,347 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* moe bench: times the layer on every path over token counts, against ceilings measured in between. */
+#include <ctype.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "tools/bench/bench.h"
+#include "tools/cli.h"
+
+enum { MAX_POINTS = 64, MAX_TOKENS = 1 << 20 };
+
+struct bench {
+    const char *model, *like, *shape, *tokens, *paths;
+    int64_t layer_index, reps;
+    double seconds;
+    int routing;
+    moe_dtype dtype;
+    bool stages, json, csv;
+    struct cli_target target;
+
+    int64_t counts[MAX_POINTS]; /* of --tokens, rising */
+    int points;
+    char title[128];
+    moe_context *ctx;
+    struct bench_machine *machine;
+    struct bench_workload workload;
+    struct bench_report *report;
+    struct bench_meter *meter;
+};
+
+static const char *const routings[] = {"uniform", "zipf", "single", NULL};
+
+/* ---- The command line ---- */
+
+/* Takes the next word of a comma-separated list; false at its end. */
+static bool next_word(const char **list, char *word, size_t bytes)
+{
+    if (**list == 0)
+        return false;
+    size_t length = strcspn(*list, ",");
+    snprintf(word, bytes, "%.*s", (int)length, *list);
+    *list += length + ((*list)[length] == ',');
+    return true;
+}
+
+static bool parse_count(const char *text, int64_t high, int64_t *value)
+{
+    char *end;
+    if (!isdigit((unsigned char)text[0]))
+        return false;
+    *value = strtoll(text, &end, 10); /* out of range gives a number above any `high` */
+    return *end == 0 && *value >= 1 && *value <= high;
+}
+
+static int by_count(const void *a, const void *b)
+{
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+
+static int parse_tokens(struct bench *b)
+{
+    const char *list = b->tokens;
+    char word[32];
+    while (next_word(&list, word, sizeof word)) {
+        if (b->points == MAX_POINTS)
+            return cli_fail(CLI_EXIT_USAGE, "bench: --tokens has more than %d counts", MAX_POINTS);
+        if (!parse_count(word, MAX_TOKENS, &b->counts[b->points]))
+            return cli_fail(CLI_EXIT_USAGE, "bench: --tokens has '%s', expected an integer from 1 to %d", word,
+                            MAX_TOKENS);
+        b->points++;
+    }
+    if (b->points == 0)
+        return cli_fail(CLI_EXIT_USAGE, "bench: --tokens is empty, expected a list like 1,16,256");
+    /* Rising, because every estimate is made from a smaller count. */
+    qsort(b->counts, (size_t)b->points, sizeof *b->counts, by_count);
+    return CLI_GO;
+}
+
+/* Which paths to time; one that cannot run is reported with its reason. */
+static int choose_paths(struct bench *b)
+{
+    bool wanted[MOE_PATH_COUNT] = {false}, all = strcmp(b->paths, "all") == 0, any = false;
+    const char *list = all ? "" : b->paths, *names[MOE_PATH_COUNT + 1] = {NULL};
+    char word[64], hint[128], why[512];
+    for (int p = 0; p < MOE_PATH_COUNT; p++)
+        names[p] = moe_path_name((moe_path)p);
+    for (moe_path path; next_word(&list, word, sizeof word); wanted[path] = true) {
+        if (moe_path_from_name(word, &path) != MOE_OK)
+            return cli_fail(CLI_EXIT_USAGE, "bench: --paths has '%s', which is no path%s", word,
+                            cli_did_you_mean(word, "", names, hint, sizeof hint));
+    }
+    for (int p = 0; p < MOE_PATH_COUNT; p++) {
+        /* `auto` is one of the others: it is timed only on request. */
+        if (!wanted[p] && !(all && p != MOE_PATH_AUTO))
+            continue;
+        moe_status status = moe_path_available(b->ctx, (moe_path)p, &b->workload.desc, why, sizeof why);
+        any |= status == MOE_OK;
+        if (status != MOE_OK)
+            bench_report_without(b->report, (moe_path)p, why);
+        else if (!bench_meter_add(b->meter, (moe_path)p, b->stages))
+            return cli_fail_memory();
+    }
+    return any ? CLI_GO : cli_fail(CLI_EXIT_CANNOT, "bench: none of the paths '%s' can run here", b->paths);
+}
+
+static int parse_shape(const char *text, struct bench_shape *shape)
+{
+    int64_t values[4];
+    static const int64_t high[4] = {1 << 20, 1 << 20, MOE_MAX_EXPERTS, MOE_MAX_TOP_K};
+    char word[32];
+    const char *list = text;
+    for (int i = 0; i < 4; i++) {
+        if (!next_word(&list, word, sizeof word) || !parse_count(word, high[i], &values[i]))
+            return cli_fail(CLI_EXIT_USAGE, "bench: --shape is '%s', expected HIDDEN,INTERMEDIATE,EXPERTS,TOP_K", text);
+    }
+    if (*list || values[3] > values[2])
+        return cli_fail(CLI_EXIT_USAGE, "bench: --shape is '%s', expected four numbers, top_k not above experts", text);
+    *shape = (struct bench_shape){"layer", values[0], values[1], (int32_t)values[2], (int32_t)values[3]};
+    return CLI_GO;
+}
+
+static int unknown_shape(const char *name)
+{
+    const char *names[32];
+    size_t count = 0;
+    for (; bench_shape_at(count) && count < 31; count++)
+        names[count] = bench_shape_at(count)->name;
+    names[count] = NULL;
+    char hint[128];
+    return cli_fail(CLI_EXIT_USAGE, "bench: --like '%s' is no shape that bench knows%s", name,
+                    cli_did_you_mean(name, "", names, hint, sizeof hint));
+}
+
+static int check_options(const struct bench *b)
+{
+    if ((b->model != NULL) + (b->like != NULL) + (b->shape != NULL) > 1)
+        return cli_fail(CLI_EXIT_USAGE, "bench: --model, --like and --shape exclude each other");
+    if (b->json && b->csv)
+        return cli_fail(CLI_EXIT_USAGE, "bench: --json and --csv exclude each other");
+    if (b->model && (b->routing != BENCH_UNIFORM || b->dtype != MOE_DTYPE_NONE))
+        return cli_fail(CLI_EXIT_USAGE, "bench: --routing and --dtype are the checkpoint's own with --model");
+    if (!b->model && b->layer_index >= 0)
+        return cli_fail(CLI_EXIT_USAGE, "bench: --layer needs --model");
+    return CLI_GO;
+}
+
+static int parse_options(struct bench *b, int argc, char **argv)
+{
+    const struct cli_option options[] = {
+        {.name = "like",
+         .kind = CLI_STRING,
+         .value = &b->like,
+         .argument = "NAME",
+         .help = "a random layer of a known shape (default mixtral-8x7b)"},
+        {.name = "shape",
+         .kind = CLI_STRING,
+         .value = &b->shape,
+         .argument = "H,I,E,K",
+         .help = "a random layer: hidden, intermediate, experts, top_k"},
+        {.name = "model",
+         .letter = 'm',
+         .kind = CLI_STRING,
+         .value = &b->model,
+         .argument = "DIR",
+         .help = "a layer of this checkpoint"},
+        {.name = "layer",
+         .letter = 'l',
+         .kind = CLI_INTEGER,
+         .value = &b->layer_index,
+         .argument = "N",
+         .help = "which (default: the first MoE layer)",
+         .low = 0,
+         .high = INT32_MAX},
+        {.name = "tokens",
+         .kind = CLI_STRING,
+         .value = &b->tokens,
+         .argument = "LIST",
+         .help = "token counts (default 1,2,4,... 16384)"},
+        {.name = "paths",
+         .kind = CLI_STRING,
+         .value = &b->paths,
+         .argument = "LIST",
+         .help = "paths by name, or all (default)"},
+        {.name = "stages", .kind = CLI_FLAG, .value = &b->stages, .help = "also time the router and the experts alone"},
+        {.name = "routing",
+         .kind = CLI_CHOICE,
+         .value = &b->routing,
+         .argument = "R",
+         .help = "uniform (default), zipf, or single: all tokens to the same experts",
+         .choices = routings},
+        {.name = "dtype", .kind = CLI_DTYPE, .value = &b->dtype, .argument = "D", .help = "bf16 (default), f16 or f32"},
+        {.name = "device",
+         .kind = CLI_DEVICE,
+         .value = &b->target.device,
+         .argument = "D",
+         .help = "auto, cpu, cuda or cuda:INDEX (default auto)"},
+        {.name = "threads",
+         .kind = CLI_INTEGER,
+         .value = &b->target.threads,
+         .argument = "N",
+         .help = "CPU threads (default: as many as the process may use)",
+         .low = 1,
+         .high = 4096},
+        {.name = "reps",
+         .kind = CLI_INTEGER,
+         .value = &b->reps,
+         .argument = "N",
+         .help = "samples of each path and point (default 20)",
+         .low = 1,
+         .high = 100000},
+        {.name = "seconds",
+         .kind = CLI_NUMBER,
+         .value = &b->seconds,
+         .argument = "S",
+         .help = "a point with three samples ends after this long (default 5)"},
+        {.name = "json", .kind = CLI_FLAG, .value = &b->json, .help = "JSON, at the end"},
+        {.name = "csv", .kind = CLI_FLAG, .value = &b->csv, .help = "CSV, a line a result"},
+        {.name = NULL}};
+    static const struct cli_usage usage = {
+        .command = "bench",
+        .summary = "time layers and stages over token counts and paths",
+        .examples = "  moe bench\n"
+                    "  moe bench --like qwen3-30b-a3b --tokens 1,16,256 --device cpu\n"
+                    "  moe bench --model Mixtral-8x7B-v0.1 --layer 3 --paths simple,cublas-loop --json\n"
+                    "  moe bench --shape 4096,1536,64,6 --routing zipf --csv\n",
+        .notes = "Shapes: mixtral-8x7b, phi3.5-moe, dsv3-ep4, gpt-oss, qwen2-moe-a2.7b, qwen3-30b-a3b, olmoe.\n"
+                 "\n"
+                 "Samples of ceilings and paths take turns, with cold caches; times are medians. 'moved' is what any\n"
+                 "implementation has to move: the weights of the experts that got tokens, and the hidden states in\n"
+                 "and out. The floor is the longer of reading that and of a dense product of the same FLOPs. A path\n"
+                 "that would take over 10 s at a point is skipped.\n"
+                 "On a GPU a sample is a CUDA graph; paths that wait for the host are launched as they are.\n"};
+    b->layer_index = -1;
+    b->reps = 20;
+    b->seconds = 5;
+    b->tokens = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192,16384";
+    b->paths = "all";
+    int code = cli_parse(&usage, options, argc, argv);
+    if (code == CLI_GO)
+        code = check_options(b);
+    return code == CLI_GO ? parse_tokens(b) : code;
+}
+
+/* ---- Setting up ---- */
+
+/* A status is CLI_GO, or a line on stderr and an exit code. */
+static int settle(const struct bench *b, moe_status status, const struct moe_error *err)
+{
+    if (status == MOE_OK)
+        return CLI_GO;
+    return err && err->text[0] ? cli_fail_error(status, err) : cli_fail_status(b->ctx, status);
+}
+
+static int load_model(struct bench *b)
+{
+    moe_checkpoint *checkpoint = NULL;
+    moe_layer *layer = NULL;
+    moe_layer_desc desc;
+    double seconds;
+    int code = cli_checkpoint(b->ctx, b->model, &b->layer_index, &checkpoint, &desc);
+    if (code == CLI_GO)
+        code = cli_load(b->ctx, checkpoint, b->layer_index, &layer, &seconds);
+    moe_checkpoint_close(checkpoint);
+    if (code != CLI_GO)
+        return code;
+    snprintf(b->title, sizeof b->title, "%s layer %lld", b->model, (long long)b->layer_index);
+    return settle(b, bench_workload_adopt(&b->workload, b->ctx, layer), NULL);
+}
+
+static int make_layer(struct bench *b)
+{
+    struct bench_shape shape;
+    const char *name = b->like ? b->like : "mixtral-8x7b";
+    int code = CLI_GO;
+    if (b->shape)
+        code = parse_shape(b->shape, &shape);
+    else if (!bench_shape_find(name))
+        code = unknown_shape(name);
+    else
+        shape = *bench_shape_find(name);
+    if (code != CLI_GO)
+        return code;
+    snprintf(b->title, sizeof b->title, "%s", shape.name);
+    moe_dtype dtype = b->dtype == MOE_DTYPE_NONE ? MOE_BF16 : b->dtype;
+    return settle(b, bench_workload_create(&b->workload, b->ctx, &shape, dtype, (enum bench_routing)b->routing), NULL);
+}
+
+static int open_machine(struct bench *b)
+{
+    moe_device_info info = moe_device_info_init();
+    struct moe_error err = {{0}};
+    moe_status status = moe_context_device(b->ctx, &info);
+    if (status != MOE_OK)
+        return settle(b, status, NULL);
+    status = info.device == MOE_DEVICE_CUDA ? bench_cuda_open(info.device_index, &b->machine, &err)
+                                            : bench_cpu_open(info.cores, &b->machine, &err);
+    return settle(b, status, &err);
+}
+
+static int set_up(struct bench *b)
+{
+    int code = cli_context(&b->target, false, &b->ctx);
+    if (code == CLI_GO)
+        code = b->model ? load_model(b) : make_layer(b);
+    if (code == CLI_GO)
+        code = settle(b, bench_workload_tokens(&b->workload, b->counts[b->points - 1], (enum bench_routing)b->routing),
+                      NULL);
+    if (code == CLI_GO)
+        code = open_machine(b);
+    if (code != CLI_GO)
+        return code;
+    enum bench_format format = b->json ? BENCH_JSON : b->csv ? BENCH_CSV : BENCH_TABLE;
+    b->report = bench_report_open(format, &b->workload, b->title, routings[b->routing], b->machine);
+    b->meter = bench_meter_open(&b->workload, b->machine, b->reps, b->seconds);
+    return b->report && b->meter ? choose_paths(b) : cli_fail_memory();
+}
+
+static void tear_down(struct bench *b)
+{
+    bench_meter_close(b->meter);
+    if (b->machine)
+        b->machine->close(b->machine);
+    bench_workload_free(&b->workload);
+    moe_context_destroy(b->ctx);
+}
+
+int moe_cmd_bench(int argc, char **argv)
+{
+    struct bench *b = calloc(1, sizeof *b);
+    if (!b)
+        return cli_fail_memory();
+    int code = parse_options(b, argc, argv);
+    if (code == CLI_GO)
+        code = set_up(b);
+    for (int i = 0; code == CLI_GO && i < b->points; i++) {
+        struct moe_error err = {{0}};
+        code = settle(b, bench_meter_point(b->meter, b->counts[i], b->report, &err), &err);
+    }
+    if (b->report) {
+        int printed = bench_report_close(b->report, code == CLI_GO);
+        code = code == CLI_GO ? printed : code;
+    }
+    tear_down(b);
+    free(b);
+    return code;
+}
