@@ -23,7 +23,8 @@ struct moe_capture {
     int directory_fd;
     int fd; /* of session.jsonl; holds the lock that keeps other writers out */
     int64_t count;
-    uint64_t bytes; /* of session.jsonl */
+    int64_t next_file; /* the number in the next batch file's name */
+    uint64_t bytes;    /* of session.jsonl */
 };
 
 /* ---- Opening ---- */
@@ -63,6 +64,21 @@ static moe_status lock(moe_capture *capture, uint64_t *size, struct moe_error *e
     return MOE_OK;
 }
 
+/* The number of the next file is the index of its batch, unless another program, which may number otherwise, made the
+ * session: then it is past every number in use, so that no listed file is replaced. */
+static int64_t next_file(const struct moe_session_index *index)
+{
+    const int64_t reachable = (int64_t)1 << 40;
+    int64_t next = index->count;
+    for (int64_t i = 0; i < index->count; i++) {
+        const char *file = index->lines[i].file;
+        long long number = strncmp(file, "batch-", 6) == 0 ? strtoll(file + 6, NULL, 10) : -1;
+        if (number >= next && number < reachable)
+            next = number + 1;
+    }
+    return next;
+}
+
 /* Counts the batches and cuts off what a writer that died left of a line. */
 static moe_status resume(moe_capture *capture, uint64_t size, struct moe_error *err)
 {
@@ -75,6 +91,7 @@ static moe_status resume(moe_capture *capture, uint64_t size, struct moe_error *
     if (status != MOE_OK)
         return status;
     capture->count = index.count;
+    capture->next_file = next_file(&index);
     capture->bytes = index.whole;
     moe_session_index_free(&index);
     if (capture->bytes == size)
@@ -297,7 +314,7 @@ static moe_status append(moe_capture *capture, const moe_record *record, struct 
         return cannot(capture, MOE_SESSION_FILE, "undo an earlier failure", err);
 
     char file[48], line[256];
-    snprintf(file, sizeof file, "batch-%06lld.safetensors", (long long)capture->count);
+    snprintf(file, sizeof file, "batch-%06lld.safetensors", (long long)capture->next_file);
     int bytes = format_line(line, sizeof line, capture, file, record);
     status = write_batch(capture, file, record, err);
     if (status == MOE_OK)
@@ -310,6 +327,7 @@ static moe_status append(moe_capture *capture, const moe_record *record, struct 
     }
     capture->bytes += (uint64_t)bytes;
     capture->count++;
+    capture->next_file++;
     return MOE_OK;
 }
 

@@ -495,9 +495,12 @@ void cli_progress_update(void *user, uint64_t done, uint64_t total)
 {
     struct cli_progress *progress = user;
     double now = cli_now();
+    if (progress->last == 0)
+        progress->last = now;
     if (now - progress->last < 0.1 || !stderr_is_terminal())
         return;
     progress->last = now;
+    progress->shown = true;
     enum { WIDTH = 30 };
     double part = total ? (double)done / (double)total : 1;
     int filled = (int)(part * WIDTH);
@@ -513,9 +516,10 @@ void cli_progress_update(void *user, uint64_t done, uint64_t total)
 
 void cli_progress_end(struct cli_progress *progress)
 {
-    if (progress->last != 0)
+    if (progress->shown)
         fputs("\r\033[K", stderr);
     progress->last = 0;
+    progress->shown = false;
 }
 
 /* ---- Output ---- */

@@ -127,7 +127,8 @@ const char *cli_show_device(const moe_context *ctx, char *buffer, size_t bytes);
 
 struct cli_progress {
     const char *what;
-    double last; /* when it was last drawn; 0: never */
+    double last; /* when it was last drawn, at first when it began: what takes a moment shows no bar */
+    bool shown;
 };
 /* A moe_progress_fn; user is a struct cli_progress. */
 void cli_progress_update(void *progress, uint64_t done, uint64_t total);

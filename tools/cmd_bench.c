@@ -20,6 +20,7 @@ struct bench {
 
     int64_t counts[MAX_POINTS]; /* of --tokens, rising */
     int points;
+    bool wanted[MOE_PATH_COUNT];
     char title[128];
     moe_context *ctx;
     struct bench_machine *machine;
@@ -77,31 +78,22 @@ static int parse_tokens(struct bench *b)
     return CLI_GO;
 }
 
-/* Which paths to time; one that cannot run is reported with its reason. */
-static int choose_paths(struct bench *b)
+static int parse_paths(struct bench *b)
 {
-    bool wanted[MOE_PATH_COUNT] = {false}, all = strcmp(b->paths, "all") == 0, any = false;
-    const char *list = all ? "" : b->paths, *names[MOE_PATH_COUNT + 1] = {NULL};
-    char word[64], hint[128], why[512];
-    for (int p = 0; p < MOE_PATH_COUNT; p++)
+    const char *list = b->paths, *names[MOE_PATH_COUNT + 1] = {NULL};
+    char word[64], hint[128];
+    /* `auto` is one of the others: it is timed only on request. */
+    bool all = strcmp(list, "all") == 0;
+    for (int p = 0; p < MOE_PATH_COUNT; p++) {
         names[p] = moe_path_name((moe_path)p);
-    for (moe_path path; next_word(&list, word, sizeof word); wanted[path] = true) {
+        b->wanted[p] = all && p != MOE_PATH_AUTO;
+    }
+    for (moe_path path; !all && next_word(&list, word, sizeof word); b->wanted[path] = true) {
         if (moe_path_from_name(word, &path) != MOE_OK)
             return cli_fail(CLI_EXIT_USAGE, "bench: --paths has '%s', which is no path%s", word,
                             cli_did_you_mean(word, "", names, hint, sizeof hint));
     }
-    for (int p = 0; p < MOE_PATH_COUNT; p++) {
-        /* `auto` is one of the others: it is timed only on request. */
-        if (!wanted[p] && !(all && p != MOE_PATH_AUTO))
-            continue;
-        moe_status status = moe_path_available(b->ctx, (moe_path)p, &b->workload.desc, why, sizeof why);
-        any |= status == MOE_OK;
-        if (status != MOE_OK)
-            bench_report_without(b->report, (moe_path)p, why);
-        else if (!bench_meter_add(b->meter, (moe_path)p, b->stages))
-            return cli_fail_memory();
-    }
-    return any ? CLI_GO : cli_fail(CLI_EXIT_CANNOT, "bench: none of the paths '%s' can run here", b->paths);
+    return CLI_GO;
 }
 
 static int parse_shape(const char *text, struct bench_shape *shape)
@@ -239,6 +231,8 @@ static int parse_options(struct bench *b, int argc, char **argv)
     int code = cli_parse(&usage, options, argc, argv);
     if (code == CLI_GO)
         code = check_options(b);
+    if (code == CLI_GO)
+        code = parse_paths(b);
     return code == CLI_GO ? parse_tokens(b) : code;
 }
 
@@ -298,6 +292,24 @@ static int open_machine(struct bench *b)
     return settle(b, status, &err);
 }
 
+/* Adds the paths that can run here; of the others the report says why they cannot. */
+static int add_paths(struct bench *b)
+{
+    char why[512];
+    bool any = false;
+    for (int p = 0; p < MOE_PATH_COUNT; p++) {
+        if (!b->wanted[p])
+            continue;
+        moe_status status = moe_path_available(b->ctx, (moe_path)p, &b->workload.desc, why, sizeof why);
+        any |= status == MOE_OK;
+        if (status != MOE_OK)
+            bench_report_without(b->report, (moe_path)p, why);
+        else if (!bench_meter_add(b->meter, (moe_path)p, b->stages))
+            return cli_fail_memory();
+    }
+    return any ? CLI_GO : cli_fail(CLI_EXIT_CANNOT, "bench: none of the paths '%s' can run here", b->paths);
+}
+
 static int set_up(struct bench *b)
 {
     int code = cli_context(&b->target, false, &b->ctx);
@@ -313,7 +325,7 @@ static int set_up(struct bench *b)
     enum bench_format format = b->json ? BENCH_JSON : b->csv ? BENCH_CSV : BENCH_TABLE;
     b->report = bench_report_open(format, &b->workload, b->title, routings[b->routing], b->machine);
     b->meter = bench_meter_open(&b->workload, b->machine, b->reps, b->seconds);
-    return b->report && b->meter ? choose_paths(b) : cli_fail_memory();
+    return b->report && b->meter ? add_paths(b) : cli_fail_memory();
 }
 
 static void tear_down(struct bench *b)

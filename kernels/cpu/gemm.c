@@ -216,7 +216,7 @@ static void run_panels(const struct run *run, const struct job *job, const struc
         product->load(block, &b.weights, (int32_t)b.rows,
                       elements < units * product->per_unit ? elements : units * product->per_unit);
 
-        float *c = tile + (b.part * job->width + b.row) * ldc;
+        float *c = tile + (b.part * run->job_width + b.row) * ldc;
         for (int64_t t = 0; t < job->tokens; t += piece) {
             int32_t count = job->tokens - t < piece ? (int32_t)(job->tokens - t) : piece, width, panel;
             split(run->ops, count, &width, &panel);
@@ -242,7 +242,7 @@ static void run_dots(const struct run *run, const struct job *job, float *tile, 
     for (int32_t part = 0; part < run->parts; part++) {
         struct moe_cpu_weights w = {job->weights + (size_t)(part * run->gemm->width) * run->weight_row_bytes,
                                     run->weight_row_bytes, run->gemm->w.dtype};
-        run->product->dot(tile + part * job->width * ldc + whole + panel, ldc, &w, job->width,
+        run->product->dot(tile + part * run->job_width * ldc + whole + panel, ldc, &w, job->width,
                           job->packed + (whole + width) * run->units, count - panel, run->gemm->depth);
     }
 }
@@ -257,7 +257,7 @@ static void run_job(const struct run *run, const struct job *job, const struct j
         run_panels(run, job, next, block, tile, ldc);
     run_dots(run, job, tile, ldc);
     if (gemm->gated)
-        run->ops->silu(out, gemm->out_dtype, gemm->width, tile, tile + job->width * ldc, ldc, job->width, job->tokens);
+        run->ops->silu(out, gemm->out_dtype, gemm->width, tile, tile + run->job_width * ldc, ldc, job->width, job->tokens);
     else
         run->ops->write((float *)out, gemm->width, tile, ldc, job->width, job->tokens);
 }

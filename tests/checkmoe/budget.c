@@ -2,12 +2,12 @@
 /*
  * How wrong a result may be. Errors are measured by rows: ||got - expected|| / ||expected||, the worst row counts.
  *
- * A row's norm is the wrong yardstick where its sums cancel (a token whose experts point against each other, or a row of
- * one element): the rounding errors of the terms stay while the sum goes. So the denominator is never less than a share of
- * the norm that the row would have if all its terms had random signs ("typical", fp64.c). From 16 elements on that share is
- * a half, which a row of random numbers falls below once in thousands; shorter rows have no norm to speak of and take the
- * typical one whole, which about half of them need. Elements of f16 results count as at least 2^-14, because f16 has no
- * relative precision below that.
+ * A row's norm is the wrong yardstick where its sums cancel (a token whose experts point against each other, or a row
+ * of one element): the rounding errors of the terms stay while the sum goes. So the denominator is never less than a
+ * share of the norm that the row would have if all its terms had random signs ("typical", fp64.c). From 16 elements on
+ * that share is a half, which a row of random numbers falls below once in thousands; shorter rows have no norm to speak
+ * of and take the typical one whole, which about half of them need. Elements of f16 results count as at least 2^-14,
+ * because f16 has no relative precision below that.
  */
 #include <math.h>
 

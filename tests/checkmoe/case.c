@@ -88,6 +88,28 @@ static const char *const routings[] = {"random",      "random",    "zipf",    "o
                                        "few experts", "no expert", "bad ids", "duplicates", "last expert"};
 static const char *const gatings[] = {"random", "random", "equal", "ties", "huge", "tiny", "special"};
 
+/* Halves one size after the other until the layer is within its cost. */
+static void shrink(struct test_case *c, struct random *random, int64_t work, int64_t elements)
+{
+    while (3 * c->hidden * c->intermediate * c->experts > elements ||
+           3 * c->hidden * c->intermediate * c->tokens * (c->slots > c->top_k ? c->slots : c->top_k) > work)
+        switch (random_between(random, 0, 3)) {
+        case 0:
+            c->tokens = (c->tokens + 1) / 2;
+            break;
+        case 1:
+            c->hidden = halve_width(c->hidden);
+            break;
+        case 2:
+            c->intermediate = halve_width(c->intermediate);
+            break;
+        default:
+            c->experts = (c->experts + 1) / 2;
+            c->top_k = c->top_k < c->experts ? c->top_k : c->experts;
+            c->slots = (c->slots + 1) / 2;
+        }
+}
+
 void case_draw(struct test_case *c, uint64_t seed, enum case_size size)
 {
     struct random random = {seed};
@@ -116,6 +138,7 @@ void case_draw(struct test_case *c, uint64_t seed, enum case_size size)
     c->outputs_given = !random_one_in(&random, 4);
     c->misaligned = random_one_in(&random, 4);
     c->repeats = random_one_in(&random, 12) ? 5 : 2;
+    c->spare_tokens = random_one_in(&random, 4) ? random_between(&random, 1, 40) : 0;
 
     c->tokens = draw_tokens(&random);
     c->hidden = draw_width(&random);
@@ -126,23 +149,23 @@ void case_draw(struct test_case *c, uint64_t seed, enum case_size size)
     if (random_one_in(&random, 4)) /* a caller may bring more slots than the layer has, even than it has experts */
         c->slots = (int32_t)random_between(&random, 1, random_one_in(&random, 4) ? MOE_MAX_TOP_K : 20);
 
-    while (3 * c->hidden * c->intermediate * c->experts > elements ||
-           3 * c->hidden * c->intermediate * c->tokens * (c->slots > c->top_k ? c->slots : c->top_k) > work)
-        switch (random_between(&random, 0, 3)) {
-        case 0:
-            c->tokens = (c->tokens + 1) / 2;
-            break;
-        case 1:
-            c->hidden = halve_width(c->hidden);
-            break;
-        case 2:
-            c->intermediate = halve_width(c->intermediate);
-            break;
-        default:
-            c->experts = (c->experts + 1) / 2;
-            c->top_k = c->top_k < c->experts ? c->top_k : c->experts;
-            c->slots = (c->slots + 1) / 2;
-        }
+    if (size != CASE_SMALL && random_one_in(&random, 40)) { /* as many experts and slots as there may be */
+        c->experts = (int32_t)PICK(&random, 256, 257, 512, 1000, MOE_MAX_EXPERTS);
+        c->top_k = (int32_t)random_between(&random, 1, MOE_MAX_TOP_K);
+        c->slots = random_one_in(&random, 2) ? MOE_MAX_TOP_K : c->top_k;
+        c->tokens = random_between(&random, 1, 20);
+        c->hidden = random_between(&random, 1, 24);
+        c->intermediate = random_between(&random, 1, 3);
+    } else if (size != CASE_SMALL && random_one_in(&random, 150)) { /* plans of many blocks */
+        c->tokens = random_between(&random, 2000, size == CASE_GPU ? 120000 : 12000);
+        c->hidden = random_between(&random, 1, 8);
+        c->intermediate = random_between(&random, 1, 4);
+        c->experts = c->experts < 16 ? c->experts : 16;
+        c->top_k = c->top_k < c->experts ? c->top_k : c->experts;
+        c->slots = c->slots < 16 ? c->slots : 16;
+    } else {
+        shrink(c, &random, work, elements);
+    }
     c->routing = routings[random_between(&random, 0, sizeof routings / sizeof routings[0] - 1)];
     c->gating = gatings[random_between(&random, 0, sizeof gatings / sizeof gatings[0] - 1)];
 }

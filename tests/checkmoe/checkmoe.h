@@ -45,9 +45,10 @@ struct test_case {
     int32_t experts, top_k, slots;
     moe_dtype dtype, io_dtype, gate_dtype, logits_dtype, topk_weight_dtype, ids_dtype;
     int32_t renormalize, max_sms;
-    bool outputs_given; /* moe_forward is asked for logits, ids and weights as well */
-    bool misaligned;    /* buffers begin on the smallest alignment that the interface allows */
-    int repeats;        /* runs that must give the same bits */
+    bool outputs_given;   /* moe_forward is asked for logits, ids and weights as well */
+    bool misaligned;      /* buffers begin on the smallest alignment that the interface allows */
+    int64_t spare_tokens; /* the workspace is sized for so many more */
+    int repeats;          /* runs that must give the same bits */
     const char *routing, *gating;
 
     void *input;    /* [T, H] io_dtype */

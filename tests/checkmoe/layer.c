@@ -50,7 +50,7 @@ static bool set_up(struct checker *checker, const struct test_case *c, moe_path 
 
     /* The size of the workspace is known when there is a layer, so there is a passing one on the weights' own places.
      */
-    limits.max_tokens = c->tokens;
+    limits.max_tokens = c->tokens + c->spare_tokens;
     limits.top_k = c->level == LEVEL_EXPERTS ? c->slots : 0;
     limits.path = path;
     if (!arena_ready(arena) || !make_layer(checker, c, s))
@@ -116,8 +116,8 @@ static bool run_call(struct checker *checker, const struct test_case *c, moe_pat
     if (call == CALL_EXPERTS) {
         batch.topk_ids = arena_device(arena, s->ids);
         batch.topk_weights = arena_device(arena, s->weights);
-        batch.ids_dtype = c->ids_dtype;
-        batch.top_k = c->slots;
+        batch.ids_dtype = c->ids_dtype == MOE_I32 ? MOE_DTYPE_NONE : c->ids_dtype;
+        batch.top_k = c->slots == c->top_k ? 0 : c->slots;
     } else if (outputs) {
         batch.router_logits_out = arena_device(arena, s->logits_out);
         batch.topk_ids_out = arena_device(arena, s->ids_out);

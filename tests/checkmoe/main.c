@@ -59,6 +59,8 @@ void check_fail(struct checker *checker, const char *format, ...)
                moe_path_name(checker->path), checker->c->seed);
         if (checker->size == CASE_SMALL)
             printf(" --small");
+        if (checker->only_op != NULL)
+            printf(" --op %s", checker->only_op);
         if (checker->max_sms >= 0)
             printf(" --max-sms %d", checker->max_sms);
     }
@@ -228,6 +230,16 @@ static bool runs_on(const struct checker *checker, moe_path path)
     if (checker->only_path != MOE_PATH_COUNT && checker->only_path != path)
         return false;
     return path == MOE_PATH_AUTO || (info->device == checker->ctx->info.device && info->steps != NULL);
+}
+
+static bool has_step(const struct checker *checker, const char *name)
+{
+    for (int p = MOE_PATH_AUTO + 1; p < MOE_PATH_COUNT; p++)
+        for (const struct moe_step *step = moe_path_info_get((moe_path)p)->steps;
+             runs_on(checker, (moe_path)p) && step->run != NULL; step++)
+            if (strcmp(step->name, name) == 0)
+                return true;
+    return false;
 }
 
 static void run_case(struct checker *checker, uint64_t seed)
@@ -447,6 +459,10 @@ static int run(struct checker *checker, const struct options *o)
 {
     struct timespec begin, end;
 
+    if (checker->only_op != NULL && !has_step(checker, checker->only_op)) {
+        fprintf(stderr, "checkmoe: no path here has a step '%s'\n", checker->only_op);
+        return 2;
+    }
     if (o->bench != NULL)
         return bench(checker, o->bench, o->dtype);
     if (o->large)

@@ -146,7 +146,8 @@ def test_golden():
     golden("synth", "synth", "--like", "tiny-mixtral", "--output", "m", "--hidden-states", "x.safetensors", "--tokens",
            16, "--layers", 2)  # fmt: skip
     golden("inspect", "inspect", "--model", "m", "--layer", 1)
-    golden("inspect-dense", "inspect", "--model", os.path.relpath(fixture("qwen3_moe-bf16")))
+    shutil.copytree(fixture("qwen3_moe-bf16"), "qwen3")
+    golden("inspect-dense", "inspect", "--model", "qwen3")
     run = ["forward", "--model", "m", "--input", "x.safetensors", "--device", "cpu"]
     golden("forward", *run, "--output", "y.safetensors", "--repeat", 3)
     golden("forward-capture", *run, "--layer", 1, "--capture", "s", "--path", "reference")

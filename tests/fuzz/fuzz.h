@@ -6,6 +6,7 @@
 #ifndef MOE_FUZZ_FUZZ_H
 #define MOE_FUZZ_FUZZ_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -21,6 +22,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed);
 /* Noise in the bytes, from libFuzzer or from driver.c. */
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max_size);
+
+/* Some inputs, chosen by their bytes, also go through a file: true for those, and the path of a file in memory that
+ * holds the input until the next call. */
+bool fuzz_file(const uint8_t *data, size_t size, const char **path);
 
 /* Stops the run: the target found the library to be wrong. */
 #define FUZZ_CHECK(condition)                                                                                          \

@@ -67,7 +67,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct moe_config c;
     struct moe_error err = {""};
+    const char *path;
     moe_status status = moe_config_parse((const char *)data, size, "config.json", &c, &err);
+    if (fuzz_file(data, size, &path)) {
+        struct moe_config same;
+        FUZZ_CHECK(moe_config_load(path, &same, NULL) == status);
+        FUZZ_CHECK(same.family == c.family && same.num_layers == c.num_layers && same.dense_count == c.dense_count);
+        moe_config_free(&same);
+    }
     if (status != MOE_OK) {
         FUZZ_CHECK(status == MOE_ERROR_FILE);
         FUZZ_CHECK(!strncmp(err.text, "config.json: ", 13) && !strchr(err.text, '\n'));

@@ -48,7 +48,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct moe_index index;
     struct moe_error err = {""};
+    const char *path;
     moe_status status = moe_index_parse((const char *)data, size, "index.json", &index, &err);
+    if (fuzz_file(data, size, &path)) {
+        struct moe_index same;
+        FUZZ_CHECK(moe_index_load(path, &same, NULL) == status);
+        FUZZ_CHECK(same.count == index.count && same.file_count == index.file_count);
+        moe_index_free(&same);
+    }
     if (status != MOE_OK) {
         FUZZ_CHECK(status == MOE_ERROR_FILE);
         FUZZ_CHECK(!strncmp(err.text, "index.json: ", 12) && !strchr(err.text, '\n'));

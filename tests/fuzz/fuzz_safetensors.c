@@ -141,11 +141,30 @@ size_t fuzz_mutate(struct mutate *m, uint8_t *data, size_t size, size_t max_size
     return 8 + (size_t)length + data_bytes;
 }
 
+/* The same bytes as a file must read the same. */
+static void check_file(const char *path, moe_status status, const struct moe_st_file *file)
+{
+    struct moe_st_file *same;
+    FUZZ_CHECK(moe_st_open(path, &same, NULL) == status);
+    if (status != MOE_OK)
+        return;
+    FUZZ_CHECK(!strcmp(moe_st_path(same), path) && moe_st_descriptor(same) >= 0 && moe_st_descriptor(file) == -1);
+    FUZZ_CHECK(moe_st_count(same) == moe_st_count(file));
+    for (size_t i = 0; i < moe_st_count(file); i++) {
+        const struct moe_st_tensor *t = moe_st_at(file, i);
+        FUZZ_CHECK(!memcmp(moe_st_data(file, t), moe_st_data(same, moe_st_at(same, i)), t->bytes));
+    }
+    moe_st_close(same);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct moe_st_file *file;
     struct moe_error err = {""};
+    const char *path;
     moe_status status = moe_st_open_memory(data, size, "x.safetensors", &file, &err);
+    if (fuzz_file(data, size, &path))
+        check_file(path, status, file);
     if (status != MOE_OK) {
         FUZZ_CHECK(status == MOE_ERROR_FILE && !file);
         FUZZ_CHECK(!strncmp(err.text, "x.safetensors: ", 15) && !strchr(err.text, '\n'));

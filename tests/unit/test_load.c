@@ -14,9 +14,9 @@
 
 #include <cmocka.h>
 
-#include "files.h"
 #include "kernels/cpu/pool.h"
 #include "runtime/load.h"
+#include "tests/unit/files.h"
 
 #define MB ((uint64_t)1 << 20)
 

@@ -18,8 +18,8 @@
 
 #include <cmocka.h>
 
-#include "files.h"
 #include "runtime/session.h"
+#include "tests/unit/files.h"
 
 enum { HIDDEN = 24, EXPERTS = 8, TOP_K = 2, MAX_TOKENS = 64 };
 
@@ -460,6 +460,36 @@ static void test_batch_files(void **state)
     moe_session_close(session);
 }
 
+/* Another program began the session and numbers its files from 1: none of them may be replaced. */
+static void test_other_numbers(void **state)
+{
+    (void)state;
+    static const float floats[3 * 8];
+    static const int32_t ids[3 * 2];
+    const struct moe_st_write_tensor theirs[] = {{"hidden_states", MOE_F32, 2, {3, 8}, floats},
+                                                 {"topk_ids", MOE_I32, 2, {3, 2}, ids},
+                                                 {"topk_weights", MOE_F32, 2, {3, 2}, floats}};
+    const char line[] = "{\"index\":0,\"layer\":0,\"phase\":\"prefill\",\"tokens\":3,\"time\":1,"
+                        "\"file\":\"batch-000001.safetensors\"}\n";
+    assert_int_equal(mkdir(session_path, 0777), 0);
+    assert_int_equal(moe_st_write(in_session("batch-000001.safetensors"), theirs, 3, NULL), MOE_OK);
+    files_write_at(in_session("session.jsonl"), line, sizeof line - 1);
+    append_seeds(1, 2);
+
+    moe_session *session;
+    moe_record r = moe_record_init();
+    EXPECT_OK(moe_session_open(ctx, session_path, &session));
+    assert_int_equal(moe_session_count(session), 3);
+    EXPECT_OK(moe_session_read(session, 0, &r));
+    assert_int_equal(r.hidden_size, 8);
+    for (int64_t i = 1; i < 3; i++) {
+        moe_record expected = make_record(i);
+        EXPECT_OK(moe_session_read(session, i, &r));
+        assert_true(same_record(&r, &expected));
+    }
+    moe_session_close(session);
+}
+
 /* A writer that is killed at any moment leaves whole batches only, and the next one goes on. */
 static void test_killed_writer(void **state)
 {
@@ -582,7 +612,8 @@ int main(void)
         TEST(test_invalid_records), TEST(test_bad_places),
         TEST(test_one_writer),      TEST(test_truncation),
         TEST(test_parse),           TEST(test_batch_files),
-        TEST(test_killed_writer),   TEST(test_full_disk),
+        TEST(test_other_numbers),   TEST(test_killed_writer),
+        TEST(test_full_disk),
     };
     return cmocka_run_group_tests(tests, setup_all, teardown_all);
 }

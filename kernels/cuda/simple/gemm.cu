@@ -211,9 +211,9 @@ template <typename T> moe_status choose(const struct moe_call *call, const gemm 
 
     if (!aligned)
         return launch<tensor_tile<T, 64, 128, 2, 2, 4, 2>, false>(call, g, name);
-    if (rows <= 16)
+    if (rows <= 8)
         return launch<tensor_tile<T, 16, 64, 1, 4, 8, 2>, true>(call, g, name);
-    if (rows <= 64)
+    if (rows <= 48)
         return launch<tensor_tile<T, 64, 128, 2, 2, 4, 2>, true>(call, g, name);
     return launch<tensor_tile<T, 128, 128, 2, 2, 3, 2>, true>(call, g, name);
 }
