@@ -117,8 +117,9 @@ static moe_status read_model_type(const struct reader *r, struct moe_config *con
     strcpy(config->model_type, item->valuestring);
     config->family = moe_family_find(item->valuestring);
     if (config->family->why_not)
-        return moe_fail(r->err, MOE_ERROR_FILE, "%s: 'model_type' is \"%s\", which needs %s: not supported yet, expected %s",
-                        r->name, config->model_type, config->family->why_not, known);
+        return moe_fail(r->err, MOE_ERROR_FILE,
+                        "%s: 'model_type' is \"%s\", which needs %s: not supported yet, expected %s", r->name,
+                        config->model_type, config->family->why_not, known);
     return MOE_OK;
 }
 

@@ -26,7 +26,7 @@ enum moe_naming {
 
 struct moe_family {
     const char *model_type;
-    const char *experts_key[3];      /* the first one present counts; two that disagree are an error */
+    const char *experts_key[3]; /* the first one present counts; two that disagree are an error */
     const char *top_k_key[2];
     const char *intermediate_key[2];
     enum moe_sparse_rule sparse_rule;

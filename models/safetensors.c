@@ -292,7 +292,8 @@ static moe_status load(struct moe_st_file *file, struct moe_error *err)
 
     void *bytes = mmap(NULL, (size_t)file->size, PROT_READ, MAP_SHARED, file->fd, 0);
     if (bytes == MAP_FAILED)
-        return moe_fail(err, MOE_ERROR_FILE, "%s: cannot map: %s", file->path, strerror(errno));
+        return moe_fail(err, errno == ENOMEM ? MOE_ERROR_OUT_OF_MEMORY : MOE_ERROR_FILE, "%s: cannot map: %s",
+                        file->path, strerror(errno));
     file->bytes = bytes;
     return MOE_OK;
 }

@@ -10,17 +10,17 @@
 #include "config/error.h"
 
 #define MOE_ST_MAX_HEADER 100000000u
-#define MOE_ST_MAX_RANK 16
+#define MOE_ST_MAX_RANK   16
 
 struct moe_st_file;
 
 struct moe_st_tensor {
     const char *name;
-    const char *dtype;  /* as the file spells it: "BF16", "F8_E4M3", ... */
-    moe_dtype type;     /* MOE_DTYPE_NONE for a dtype that is valid here but unknown to libmoe */
+    const char *dtype; /* as the file spells it: "BF16", "F8_E4M3", ... */
+    moe_dtype type;    /* MOE_DTYPE_NONE for a dtype that is valid here but unknown to libmoe */
     int32_t rank;
     int64_t shape[MOE_ST_MAX_RANK];
-    uint64_t offset;    /* of the data, from the start of the file */
+    uint64_t offset; /* of the data, from the start of the file */
     uint64_t bytes;
 };
 
@@ -63,6 +63,6 @@ moe_status moe_st_writer_open(const char *path, const struct moe_st_write_tensor
                               struct moe_st_writer **writer, struct moe_error *err);
 moe_status moe_st_writer_data(struct moe_st_writer *writer, const void *data, size_t bytes, struct moe_error *err);
 moe_status moe_st_writer_commit(struct moe_st_writer *writer, struct moe_error *err); /* frees, also on failure */
-void moe_st_writer_abort(struct moe_st_writer *writer); /* accepts NULL */
+void moe_st_writer_abort(struct moe_st_writer *writer);                               /* accepts NULL */
 
 #endif

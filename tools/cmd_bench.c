@@ -300,7 +300,8 @@ static int add_paths(struct bench *b)
     for (int p = 0; p < MOE_PATH_COUNT; p++) {
         if (!b->wanted[p])
             continue;
-        moe_status status = moe_path_available(b->ctx, (moe_path)p, &b->workload.desc, why, sizeof why);
+        moe_path ran;
+        moe_status status = moe_path_choose(b->workload.layer, (moe_path)p, 1, &ran, why, sizeof why);
         any |= status == MOE_OK;
         if (status != MOE_OK)
             bench_report_without(b->report, (moe_path)p, why);

@@ -101,6 +101,7 @@ static moe_status open_device(int32_t device, struct moe_cuda_facts *facts, stru
     struct cudaDeviceProp prop;
     int count = 0;
     cudaError_t e = cudaGetDeviceCount(&count);
+    moe_status status;
 
     if (e != cudaSuccess)
         return no_device(err, e);
@@ -123,7 +124,8 @@ static moe_status open_device(int32_t device, struct moe_cuda_facts *facts, stru
     facts->memory_bytes = prop.totalGlobalMem;
     facts->l2_bytes = (uint64_t)prop.l2CacheSize;
     /* Makes the device's context now, so that a GPU in a bad state is found here. */
-    return set_device(device, err);
+    status = set_device(device, err);
+    return status == MOE_OK ? moe_cuda_probe(err) : status;
 }
 
 moe_status moe_cuda_open(int32_t device, struct moe_cuda_facts *facts, struct moe_error *err)

@@ -8,6 +8,10 @@
 
 #include "kernels/kernels.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 struct moe_cuda_facts {
     char name[256];
     int32_t sms;
@@ -16,7 +20,7 @@ struct moe_cuda_facts {
 };
 
 bool moe_cuda_built(void);
-/* Why there is no device goes to err: no driver, no GPU, index out of range, too old. */
+/* Why there is no device goes to err: no driver, no GPU, index out of range, too old, not in this build. */
 moe_status moe_cuda_open(int32_t device, struct moe_cuda_facts *facts, struct moe_error *err);
 moe_status moe_cuda_alloc(int32_t device, size_t bytes, void **pointer, struct moe_error *err);
 void moe_cuda_free(int32_t device, void *pointer);
@@ -36,5 +40,12 @@ moe_status moe_cuda_stage_next(struct moe_cuda_stage *stage, void **host, struct
 moe_status moe_cuda_stage_send(struct moe_cuda_stage *stage, void *device, size_t bytes, struct moe_error *err);
 /* Waits for all copies and frees; accepts NULL. */
 moe_status moe_cuda_stage_destroy(struct moe_cuda_stage *stage, struct moe_error *err);
+
+/* For moe_cuda_open: whether this build has kernels that the current device can run (probe.cu). */
+moe_status moe_cuda_probe(struct moe_error *err);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

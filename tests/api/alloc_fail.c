@@ -215,7 +215,7 @@ enum { TOKENS = 3, HIDDEN = 16, INTERMEDIATE = 8, EXPERTS = 4, TOP_K = 2 };
 static char directory[64]; /* of this test's files; the checkpoint's too */
 static char session[96];
 static off_t session_bytes; /* of session.jsonl with the one batch that is there before a run; 0: no session yet */
-static float hidden_states[TOKENS * HIDDEN];
+static _Alignas(16) float hidden_states[TOKENS * HIDDEN];
 static float expected[TOKENS * HIDDEN]; /* output when nothing fails */
 
 static void write_text(const char *name, const char *format, ...) __attribute__((format(printf, 2, 3)));
@@ -295,9 +295,9 @@ struct life {
     moe_capture *capture;
     moe_session *session;
     void *workspace;
-    float output[TOKENS * HIDDEN];
-    int32_t ids[TOKENS * TOP_K];
-    float weights[TOKENS * TOP_K];
+    _Alignas(16) float output[TOKENS * HIDDEN];
+    _Alignas(16) int32_t ids[TOKENS * TOP_K];
+    _Alignas(16) float weights[TOKENS * TOP_K];
     long forward_requests; /* for memory, made by moe_forward */
     bool appended;         /* moe_capture_append said so */
     int64_t count;         /* of batches that moe_session_open found */

@@ -230,7 +230,8 @@ static bool make_routing(struct test_case *c, struct random *random)
 
         if (c->ids_dtype == MOE_I64) {
             if (is(c->routing, "bad ids") && random_one_in(random, 8))
-                id += INT64_C(1) << 32; /* must not be taken for its low half */
+                id += random_one_in(random, 2) ? INT64_C(1) << 32
+                                               : -(INT64_C(1) << 32); /* must not be taken for its low half */
             ((int64_t *)c->ids)[i] = id;
         } else {
             ((int32_t *)c->ids)[i] = (int32_t)id;

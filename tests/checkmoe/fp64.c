@@ -56,6 +56,7 @@ void rows64(const struct test_case *c, int32_t expert, unsigned stages, int coun
     double *act = gate_up_typical + BLOCK_ROWS * 2 * width, *act_typical = act + BLOCK_ROWS * width;
     float *line = (float *)(act_typical + BLOCK_ROWS * width);
     const double *from = in, *from_typical = in;
+    const double smallest = c->dtype == MOE_F16 ? 0x1p-14 : 0;
 
     if (stages & MOE_STAGE_GEMM1) {
         bool last = !(stages & MOE_STAGE_ACTIVATION);
@@ -74,9 +75,10 @@ void rows64(const struct test_case *c, int32_t expert, unsigned stages, int coun
                 double sigmoid = 1 / (1 + exp(-from[g]));
 
                 to[r * width + i] = from[g] * sigmoid * from[u];
-                /* As for a row: the typical size counts for a quarter where gate or up came out small by cancelling. */
-                to_typical[r * width + i] = sigmoid * fmax(fabs(from[g]), 0.25 * fabs(from_typical[g])) *
-                                            fmax(fabs(from[u]), 0.25 * fabs(from_typical[u]));
+                /* A quarter of the typical size counts where gate or up came out small by cancelling, and 2^-14 where
+                 * an act of f16 is too small to be held with full precision. */
+                to_typical[r * width + i] = fmax(smallest, sigmoid * fmax(fabs(from[g]), 0.25 * fabs(from_typical[g])) *
+                                                               fmax(fabs(from[u]), 0.25 * fabs(from_typical[u])));
             }
         from = act;
         from_typical = act_typical;

@@ -53,8 +53,10 @@ static void add_layer(struct build *b, enum moe_naming naming, enum moe_form for
     add(b, naming, form, MOE_ROLE_GATE, layer, 0, 2, E, H, 0, MOE_PART_GATE, 0);
     for (int32_t e = E - 1; e >= 0; e--) {
         size_t w13 = (size_t)e * 2 * I * H;
-        add(b, naming, form, MOE_ROLE_W1, layer, e, 2, I, H, 0, MOE_PART_W13, w13);
-        add(b, naming, form, MOE_ROLE_W3, layer, e, 2, I, H, 0, MOE_PART_W13, w13 + I * H);
+        /* Layer 1 has w3 first: neighbours in the file that are none in the part. */
+        for (int32_t i = layer & 1, n = 0; n < 2; i ^= 1, n++)
+            add(b, naming, form, i ? MOE_ROLE_W3 : MOE_ROLE_W1, layer, e, 2, I, H, 0, MOE_PART_W13,
+                w13 + (size_t)i * I * H);
         add(b, naming, form, MOE_ROLE_W2, layer, e, 2, H, I, 0, MOE_PART_W2, (size_t)e * H * I);
     }
 }
@@ -151,14 +153,14 @@ static void single_files(void **state)
         const char *type;
         enum moe_naming naming;
         enum moe_form form;
-        size_t segments;
+        size_t segments[2]; /* of layer 0 and 1 */
     } cases[] = {
-        /* w1 and w3 of an expert merge; stacked tensors are a segment each */
-        {"mixtral", MOE_NAMING_MIXTRAL, MOE_FORM_PER_EXPERT, 1 + 2 * E},
-        {"mixtral", MOE_NAMING_MIXTRAL, MOE_FORM_STACKED, 3},
-        {"qwen3_moe", MOE_NAMING_QWEN, MOE_FORM_PER_EXPERT, 1 + 2 * E},
-        {"qwen3_moe", MOE_NAMING_QWEN, MOE_FORM_STACKED, 3},
-        {"olmoe", MOE_NAMING_QWEN, MOE_FORM_PER_EXPERT, 1 + 2 * E},
+        /* w1 and w3 of an expert merge if they follow on each other; stacked tensors are a segment each */
+        {"mixtral", MOE_NAMING_MIXTRAL, MOE_FORM_PER_EXPERT, {1 + 2 * E, 1 + 3 * E}},
+        {"mixtral", MOE_NAMING_MIXTRAL, MOE_FORM_STACKED, {3, 3}},
+        {"qwen3_moe", MOE_NAMING_QWEN, MOE_FORM_PER_EXPERT, {1 + 2 * E, 1 + 3 * E}},
+        {"qwen3_moe", MOE_NAMING_QWEN, MOE_FORM_STACKED, {3, 3}},
+        {"olmoe", MOE_NAMING_QWEN, MOE_FORM_PER_EXPERT, {1 + 2 * E, 1 + 3 * E}},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct build b = {.count = 0};
@@ -178,7 +180,7 @@ static void single_files(void **state)
         stat(path, &st);
         assert_int_equal(moe_model_file_bytes(model), st.st_size);
         for (int32_t layer = 0; layer < 2; layer++)
-            assert_int_equal(check_layer(model, layer), cases[i].segments);
+            assert_int_equal(check_layer(model, layer), cases[i].segments[layer]);
         moe_model_close(model);
         free_build(&b);
     }

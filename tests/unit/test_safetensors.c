@@ -155,7 +155,7 @@ static void writes_and_reads_back(void **state)
     mode_t mask = umask(022);
     for (int round = 0; round < 2; round++) { /* the second replaces the first */
         struct moe_error err = {""};
-        struct moe_st_file *file;
+        struct moe_st_file *file = NULL;
         if (moe_st_write(path, some, 3, &err) != MOE_OK || moe_st_open(path, &file, &err) != MOE_OK)
             fail_msg("%s", err.text);
         assert_int_equal(moe_st_count(file), 3);

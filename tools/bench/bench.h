@@ -134,7 +134,7 @@ struct bench_time bench_time_of(double *samples, int32_t count);
 /* `title` names the layer; `routing` the distribution. NULL: out of memory. */
 struct bench_report *bench_report_open(enum bench_format format, const struct bench_workload *w, const char *title,
                                        const char *routing, const struct bench_machine *machine);
-/* A path that cannot run at any point. */
+/* A path that cannot run at any point (CSV has no place for it: it goes to stderr). */
 void bench_report_without(struct bench_report *r, moe_path path, const char *why);
 void bench_report_point(struct bench_report *r, const struct bench_point *p, const struct bench_time *read,
                         const struct bench_time *dense, const struct bench_result *results, int count);

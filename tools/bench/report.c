@@ -65,8 +65,8 @@ struct bench_report *bench_report_open(enum bench_format format, const struct be
 
 void bench_report_without(struct bench_report *r, moe_path path, const char *why)
 {
-    if (r->format == BENCH_TABLE)
-        printf("not here: %s\n", why);
+    if (r->format != BENCH_JSON)
+        fprintf(r->format == BENCH_TABLE ? stdout : stderr, "not here: %s\n", why);
     cJSON *entry = cli_json_element(r->without);
     cli_json_string(entry, "path", moe_path_name(path));
     cli_json_string(entry, "why", why);

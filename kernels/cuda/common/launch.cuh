@@ -13,8 +13,6 @@ static inline moe_status moe_launched(struct moe_error *err, const char *kernel)
     const cudaError_t e = cudaGetLastError();
     if (e == cudaSuccess)
         return MOE_OK;
-    if (e == cudaErrorNoKernelImageForDevice)
-        return moe_fail(err, MOE_ERROR_DEVICE, "%s: this build has no kernels for this GPU (option gpu_archs)", kernel);
     return moe_fail(err, MOE_ERROR_DEVICE, "%s: %s", kernel, cudaGetErrorString(e));
 }
 
