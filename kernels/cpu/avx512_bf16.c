@@ -19,7 +19,7 @@ INLINE vf pairs_load_part(const void *p, int elements)
 #define units_mac(acc, w, x)                pairs_mac(acc, w, x)
 #define units_load(p, dtype)                ((void)(dtype), _mm512_loadu_ps(p))
 #define units_load_part(p, dtype, elements) ((void)(dtype), pairs_load_part(p, elements))
-#define DOT_ROWS(tokens)                    ((tokens) <= 3 ? 4 : (tokens) == 4 ? 6 : (tokens) <= 6 ? 4 : 3)
+#define DOT_ROWS(tokens)                    ((tokens) <= 2 ? 8 : (tokens) <= 4 ? 6 : (tokens) <= 6 ? 4 : 3)
 #include "kernels/cpu/product_tmpl.h"
 
 void moe_cpu_fill_avx512_bf16(struct moe_cpu_ops *ops)

@@ -3,9 +3,9 @@
  * A run has two phases with a barrier between. First the threads pack the rows of x, in pieces of at most two vectors
  * of tokens. Then they compute jobs, taken one by one: some weight rows of a group by up to TOKENS of its rows.
  *
- * A piece with many tokens is a panel, with few it is rows for dot(); a piece in between is a panel of one vector and rows
- * for the rest. Which one it is depends on the plan alone and every sum is of one thread, so that results depend neither
- * on the number of threads nor on timing.
+ * A piece with many tokens is a panel, with few it is rows for dot(); a piece in between is a panel of one vector and
+ * rows for the rest. Which one it is depends on the plan alone and every sum is of one thread, so that results depend
+ * neither on the number of threads nor on timing.
  *
  * Scratch: per group tables │ packed rows of x, a slot each │ for each thread: block of weights, tile of sums
  */
@@ -13,8 +13,8 @@
 
 enum {
     ALIGNMENT = 64,
-    TOKENS = 256,   /* of a job: packed, a MOE_CPU_DEPTH of them fits in half a MiB of L2 */
-    JOB_ROWS = 48,  /* of a job, gate and up together: with DEPTH what the packed tokens are read for */
+    TOKENS = 256,  /* of a job: packed, a MOE_CPU_DEPTH of them fits in half a MiB of L2 */
+    JOB_ROWS = 48, /* of a job, gate and up together: with DEPTH what the packed tokens are read for */
     TILE_COLUMNS = TOKENS + MOE_CPU_LANES,
     TILE_ROWS = JOB_ROWS + MOE_CPU_LANES, /* write() reads whole squares */
     BLOCK_FLOATS = MOE_CPU_BLOCK_ROWS * MOE_CPU_STRIDE,
@@ -33,11 +33,11 @@ struct run {
     struct moe_pool *pool;
     int64_t units; /* of the depth, padded: the size of a slot */
     size_t weight_row_bytes;
-    int32_t parts;             /* 2: gate and up */
-    int64_t job_width;         /* columns of the output that a job computes */
-    struct start *starts;      /* [G + 1] */
-    float *packed;             /* [slots][units] */
-    float *private;            /* [threads][BLOCK_FLOATS + TILE_FLOATS] */
+    int32_t parts;        /* 2: gate and up */
+    int64_t job_width;    /* columns of the output that a job computes */
+    struct start *starts; /* [G + 1] */
+    float *packed;        /* [slots][units] */
+    float *private;       /* [threads][BLOCK_FLOATS + TILE_FLOATS] */
 };
 
 /* A job: columns [column, column + width) of the output for rows [row, row + tokens) of x, all of one group. */
@@ -116,8 +116,8 @@ static void pack_piece(const struct run *run, int32_t group, int64_t piece)
     int32_t width, panel;
 
     for (int32_t i = 0; i < count; i++)
-        rows[i] = (const char *)gemm->x +
-                  (size_t)(gemm->x_rows != NULL ? gemm->x_rows[first + i] : first + i) * row_bytes;
+        rows[i] =
+            (const char *)gemm->x + (size_t)(gemm->x_rows != NULL ? gemm->x_rows[first + i] : first + i) * row_bytes;
     split(run->ops, count, &width, &panel);
     if (width > 0)
         run->product->pack_panel(to, width, rows, panel, gemm->x_dtype, gemm->depth);
@@ -155,8 +155,7 @@ static struct job job_at(const struct run *run, int32_t *group, int64_t number)
         .tokens = count - first < TOKENS ? count - first : TOKENS,
         .column = column,
         .width = gemm->width - column < run->job_width ? gemm->width - column : run->job_width,
-        .weights = (const char *)gemm->w.data +
-                   (size_t)(*group * gemm->w.rows + column) * run->weight_row_bytes,
+        .weights = (const char *)gemm->w.data + (size_t)(*group * gemm->w.rows + column) * run->weight_row_bytes,
         .packed = run->packed + (start->slot + first) * run->units,
     };
 }
@@ -257,7 +256,8 @@ static void run_job(const struct run *run, const struct job *job, const struct j
         run_panels(run, job, next, block, tile, ldc);
     run_dots(run, job, tile, ldc);
     if (gemm->gated)
-        run->ops->silu(out, gemm->out_dtype, gemm->width, tile, tile + run->job_width * ldc, ldc, job->width, job->tokens);
+        run->ops->silu(out, gemm->out_dtype, gemm->width, tile, tile + run->job_width * ldc, ldc, job->width,
+                       job->tokens);
     else
         run->ops->write((float *)out, gemm->width, tile, ldc, job->width, job->tokens);
 }

@@ -3,13 +3,13 @@
  * The inner loops of the `cpu` path, one table of functions filled for what the processor has: plain C first, then
  * overwritten by AVX2, AVX-512 and AVX-512 BF16.
  *
- * A product computes c[row][token] = weights[row] . x[token]. Operands are counted in units of 4 bytes of the depth: one
- * fp32, or two bf16 where the processor multiplies these in pairs. Tokens come packed (pack), in one of two forms:
+ * A product computes c[row][token] = weights[row] . x[token]. Operands are counted in units of 4 bytes of the depth:
+ * one fp32, or two bf16 where the processor multiplies these in pairs. Tokens come packed (pack), in one of two forms:
  *
- *   a panel   [units][width], width = lanes or 2 * lanes tokens side by side. tile() multiplies it with a block of weight
- *             rows, one weight for all tokens at a time: nothing to add up across a vector.
- *   rows      for dot(): few tokens, weights streamed from memory and used where they stand. They are cut into blocks of
- *             moe_cpu_dot_units, [block][tokens][units of the block], so that one block stays in the first-level cache.
+ *   a panel   [units][width], width = lanes or 2 * lanes tokens side by side. tile() multiplies it with a block of
+ * weight rows, one weight for all tokens at a time: nothing to add up across a vector. rows      for dot(): few tokens,
+ * weights streamed from memory and used where they stand. They are cut into blocks of moe_cpu_dot_units,
+ * [block][tokens][units of the block], so that one block stays in the first-level cache.
  *
  * Depths are padded with zeros to MOE_CPU_PAD units, so that only what touches unpacked memory knows about tails.
  */
@@ -21,13 +21,13 @@
 #include "kernels/kernels.h"
 
 enum {
-    MOE_CPU_PAD = 16,                                   /* units */
-    MOE_CPU_DEPTH = 512,                                /* units of a block of weights */
-    MOE_CPU_STRIDE = MOE_CPU_DEPTH + MOE_CPU_PAD,       /* from row to row of a block: off the powers of two, so that the
-                                                           rows do not fight for the same cache sets */
-    MOE_CPU_DOT_UNITS = 3072,                           /* of all tokens in a block of dot(): 12 KiB */
-    MOE_CPU_BLOCK_ROWS = 12,                            /* the most rows of a block */
-    MOE_CPU_LANES = 16,                                 /* the most lanes of a vector */
+    MOE_CPU_PAD = 16,                             /* units */
+    MOE_CPU_DEPTH = 512,                          /* units of a block of weights */
+    MOE_CPU_STRIDE = MOE_CPU_DEPTH + MOE_CPU_PAD, /* from row to row of a block: off the powers of two, so that the
+                                                     rows do not fight for the same cache sets */
+    MOE_CPU_DOT_UNITS = 4608,                     /* of all tokens in a block of dot(): 18 KiB */
+    MOE_CPU_BLOCK_ROWS = 12,                      /* the most rows of a block */
+    MOE_CPU_LANES = 16,                           /* the most lanes of a vector */
 };
 
 /* Weight rows as they lie in memory. */
@@ -70,12 +70,12 @@ struct moe_cpu_product {
 struct moe_cpu_ops {
     const char *features;
     int32_t lanes, block_rows;
-    int32_t dot_tokens; /* the most tokens of a dot(); more make a panel */
+    int32_t dot_tokens;          /* the most tokens of a dot(); more make a panel */
     struct moe_cpu_product f32;  /* operands of any dtype */
     struct moe_cpu_product bf16; /* both operands bf16; tile NULL: use f32 */
 
-    /* to[token][row] = silu(gate[row][token]) * up[row][token], and = c[row][token]; `to` has `stride` elements a token.
-     * Reads rows and tokens up to a multiple of the lanes. */
+    /* to[token][row] = silu(gate[row][token]) * up[row][token], and = c[row][token]; `to` has `stride` elements a
+     * token. Reads rows and tokens up to a multiple of the lanes. */
     void (*silu)(void *to, moe_dtype dtype, int64_t stride, const float *gate, const float *up, int64_t ldc,
                  int64_t rows, int64_t tokens);
     void (*write)(float *to, int64_t stride, const float *c, int64_t ldc, int64_t rows, int64_t tokens);
@@ -88,8 +88,8 @@ struct moe_cpu_ops {
 /* The table for this processor, made on first use. */
 const struct moe_cpu_ops *moe_cpu_ops(void);
 
-/* For tests and measurements: "c", "avx2", "avx512" or "avx512_bf16" from now on, NULL: the best. False if the processor
- * lacks it. Not while a forward runs. */
+/* For tests and measurements: "c", "avx2", "avx512" or "avx512_bf16" from now on, NULL: the best. False if the
+ * processor lacks it. Not while a forward runs. */
 bool moe_cpu_force(const char *isa);
 
 void moe_cpu_fill_c(struct moe_cpu_ops *ops);

@@ -12,8 +12,8 @@ moe_status moe_pool_create(int32_t threads, struct moe_pool **pool);
 void moe_pool_destroy(struct moe_pool *pool);
 int32_t moe_pool_threads(const struct moe_pool *pool);
 
-/* Runs fn(argument, thread, threads) on every thread and returns when all are done. Calls from several threads take turns.
- * Allocates nothing. */
+/* Runs fn(argument, thread, threads) on every thread and returns when all are done. Calls from several threads take
+ * turns. Allocates nothing. */
 void moe_pool_run(struct moe_pool *pool, void (*fn)(void *argument, int32_t thread, int32_t threads), void *argument);
 
 /* Inside fn: takes the next chunk of a shared counter, and meets all threads of the run. */

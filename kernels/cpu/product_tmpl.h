@@ -149,7 +149,7 @@ INLINE void dot_block(float *c, int64_t ldc, const char *w, size_t stride, intpt
         vf wv[8];
         for (int r = 0; r < rows; r++) {
             const char *from = w + (size_t)r * stride + (size_t)k * size;
-            __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)ahead), 0, 3);
+            __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)ahead), 0, 2);
             wv[r] = units_load(from, dtype);
         }
         for (int t = 0; t < tokens; t++) {
@@ -174,7 +174,8 @@ INLINE void dot_block(float *c, int64_t ldc, const char *w, size_t stride, intpt
 
 /*
  * The rows are read as DOT_ROWS streams, each of consecutive rows: what prefetchers like, and a vector of x serves all
- * of them. A depth that the first-level cache would not hold for all tokens is gone through in blocks.
+ * of them. A depth for which the first-level cache would not hold the tokens is gone through in blocks. The next row of
+ * each stream is fetched into the second level; the first has no room for it.
  */
 INLINE void dot_rows(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x,
                      int64_t depth, moe_dtype dtype, const int tokens)
@@ -191,8 +192,8 @@ INLINE void dot_rows(float *c, int64_t ldc, const struct moe_cpu_weights *w, int
         const char *wk = w->data + (size_t)k * size;
 
         for (int64_t r = 0; r < span; r++) {
-            intptr_t ahead = r + 1 < span ? (intptr_t)w->row_bytes
-                                          : (intptr_t)((size_t)block * size) - (intptr_t)(r * w->row_bytes);
+            intptr_t ahead =
+                r + 1 < span ? (intptr_t)w->row_bytes : (intptr_t)((size_t)block * size) - (intptr_t)(r * w->row_bytes);
             dot_block(c + r * ldc, ldc * span, wk + (size_t)r * w->row_bytes, w->row_bytes * (size_t)span, ahead, xk,
                       x_stride, count, k > 0, dtype, streams, tokens);
         }
@@ -208,7 +209,7 @@ INLINE void dot_any(float *c, int64_t ldc, const struct moe_cpu_weights *w, int6
     switch (tokens) {
 #define CASE(n)                                                                                                        \
     case n:                                                                                                            \
-        dot_rows(c, ldc, w, rows, x, depth, dtype, n);                                                       \
+        dot_rows(c, ldc, w, rows, x, depth, dtype, n);                                                                 \
         break;
         CASE(1)
         CASE(2)

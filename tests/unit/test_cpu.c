@@ -98,8 +98,9 @@ struct layer {
 static void layer_make(struct layer *l, const struct shape *s, moe_dtype dtype, moe_dtype io_dtype, int32_t threads)
 {
     const int64_t rows = s->tokens * s->slots;
-    const size_t plan_bytes[6] = {(size_t)s->experts * 4, (size_t)(s->experts + 1) * 4, (size_t)rows * 4,
-                                  (size_t)rows * 4,       (size_t)rows * 4,             (size_t)rows * 4};
+    const size_t plan_bytes[6] = {(size_t)s->experts * 4, (size_t)(s->experts + 1) * 4,
+                                  (size_t)rows * 4,       (size_t)rows * 4,
+                                  (size_t)rows * 4,       (size_t)rows * 4};
 
     seed = 1234;
     *l = (struct layer){0};
@@ -175,10 +176,10 @@ static void layer_make(struct layer *l, const struct shape *s, moe_dtype dtype, 
 
 static void layer_free(struct layer *l)
 {
-    struct area *all[] = {&l->w13,          &l->w2,      &l->gate,    &l->x,       &l->logits,  &l->gate_ids,
-                          &l->gate_weights, &l->ids,     &l->weights, &l->act,     &l->down,    &l->output,
-                          &l->scratch,      &l->plan[0], &l->plan[1], &l->plan[2], &l->plan[3], &l->plan[4],
-                          &l->plan[5],      &l->plan_scratch};
+    struct area *all[] = {&l->w13,      &l->w2,           &l->gate,    &l->x,       &l->logits,
+                          &l->gate_ids, &l->gate_weights, &l->ids,     &l->weights, &l->act,
+                          &l->down,     &l->output,       &l->scratch, &l->plan[0], &l->plan[1],
+                          &l->plan[2],  &l->plan[3],      &l->plan[4], &l->plan[5], &l->plan_scratch};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
         area_free(all[i]);
     moe_pool_destroy(l->exec.pool);
@@ -206,8 +207,7 @@ static void check_logits(struct layer *l, const struct shape *s, const char *isa
     for (int64_t t = 0; t < s->tokens; t++)
         for (int64_t e = 0; e < s->experts; e++) {
             double scale = sqrt((double)s->hidden); /* the gate is not normalised */
-            double want = moe_dot((const char *)g->x + (size_t)(t * s->hidden) * moe_dtype_size(g->x_dtype),
-                                  g->x_dtype,
+            double want = moe_dot((const char *)g->x + (size_t)(t * s->hidden) * moe_dtype_size(g->x_dtype), g->x_dtype,
                                   (const char *)g->gate + (size_t)(e * s->hidden) * moe_dtype_size(g->gate_dtype),
                                   g->gate_dtype, s->hidden);
             expect("logits", isa, s, g->x_dtype, t, e, g->logits[t * s->experts + e] / scale, want / scale, 0x1p-22);
@@ -424,8 +424,10 @@ int main(void)
         const char *name;
         CMUnitTestFunction run;
     } each[] = {
-        {"each_step_is_right", each_step_is_right}, {"threads_do_not_matter", threads_do_not_matter},
-        {"logits_round", logits_round},             {"entry_converts", entry_converts},
+        {"each_step_is_right", each_step_is_right},
+        {"threads_do_not_matter", threads_do_not_matter},
+        {"logits_round", logits_round},
+        {"entry_converts", entry_converts},
         {"silu_over_its_range", silu_over_its_range},
     };
     enum { EACH = sizeof each / sizeof each[0] };

@@ -162,8 +162,10 @@ static void edges(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(each_thread_runs_once),    cmocka_unit_test(workers_wake_from_sleep),
-        cmocka_unit_test(barriers_part_the_phases), cmocka_unit_test(callers_take_turns),
+        cmocka_unit_test(each_thread_runs_once),
+        cmocka_unit_test(workers_wake_from_sleep),
+        cmocka_unit_test(barriers_part_the_phases),
+        cmocka_unit_test(callers_take_turns),
         cmocka_unit_test(edges),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

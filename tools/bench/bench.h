@@ -40,8 +40,8 @@ struct bench_workload {
     float *topk_weights;          /* [max_tokens, top_k], on the device */
 };
 
-/* A layer of random weights on the context's device. On failure the text is the context's, unless err has one;
- * bench_workload_free cleans up in any case. */
+/* A layer of random weights on the context's device. The text of a failure is the context's; bench_workload_free cleans
+ * up in any case. */
 moe_status bench_workload_create(struct bench_workload *w, moe_context *ctx, const struct bench_shape *shape,
                                  moe_dtype dtype, enum bench_routing routing);
 /* Takes a layer that was loaded; the workload destroys it. */
