@@ -106,7 +106,7 @@ moe_status moe_gather_cuda(const struct moe_call *call);
 moe_status moe_activation_cuda(const struct moe_call *call);
 moe_status moe_combine_cuda(const struct moe_call *call);
 
-/* kernels/cuda/simple: gemm1 reads x through row_token (no gathered copy). */
+/* kernels/cuda/simple: gemm1 reads x through row_token (no gathered copy) and applies the activation: x, plan -> act. */
 moe_status moe_gemm1_simple(const struct moe_call *call);
 moe_status moe_gemm2_simple(const struct moe_call *call);
 

@@ -103,8 +103,7 @@ static const struct moe_step padded_steps[] = {
 
 static const struct moe_step simple_steps[] = {
     ROUTE_CUDA,
-    {"gemm1", MOE_STAGE_GATHER | MOE_STAGE_GEMM1, moe_gemm1_simple},
-    {"activation", MOE_STAGE_ACTIVATION, moe_activation_cuda},
+    {"gemm1", MOE_STAGE_GATHER | MOE_STAGE_GEMM1 | MOE_STAGE_ACTIVATION, moe_gemm1_simple},
     {"gemm2", MOE_STAGE_GEMM2, moe_gemm2_simple},
     {"combine", MOE_STAGE_COMBINE, moe_combine_cuda},
     {NULL, 0, NULL},
@@ -132,8 +131,8 @@ static const struct moe_path_info paths[MOE_PATH_COUNT] = {
                                  CUDA_SCRATCH(moe_scratch_cublas), CUDA_STEPS(cublas_grouped_steps)},
     [MOE_PATH_PADDED] = {MOE_PATH_PADDED, MOE_DEVICE_CUDA, true, MOE_NEED_DOWN, 0, 0, 0,
                          CUDA_SCRATCH(moe_scratch_padded), CUDA_STEPS(padded_steps)},
-    [MOE_PATH_SIMPLE] = {MOE_PATH_SIMPLE, MOE_DEVICE_CUDA, false, MOE_NEED_GATE_UP | MOE_NEED_ACT | MOE_NEED_DOWN, 0, 0,
-                         0, NULL, CUDA_STEPS(simple_steps)},
+    [MOE_PATH_SIMPLE] = {MOE_PATH_SIMPLE, MOE_DEVICE_CUDA, false, MOE_NEED_ACT | MOE_NEED_DOWN, 0, 0, 0, NULL,
+                         CUDA_STEPS(simple_steps)},
     [MOE_PATH_DECODE] = {MOE_PATH_DECODE, MOE_DEVICE_CUDA, false, 0, 0, 0, 0, NULL, NULL, "not in this version"},
     [MOE_PATH_PREFILL] = {MOE_PATH_PREFILL, MOE_DEVICE_CUDA, false, 0, 0, 0, 0, NULL, NULL, "not in this version"},
 };

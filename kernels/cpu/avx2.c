@@ -6,7 +6,7 @@
 #define units_mac(acc, w, x)         vf_fma(w, x, acc)
 #define units_load(p, dtype)         vf_load_as(p, dtype)
 #define units_load_part(p, dtype, n) vf_load_part(p, dtype, n)
-#define DOT_ROWS(tokens)             ((tokens) <= 2 ? 4 : 2)
+#define DOT_ROWS(tokens)             ((tokens) <= 2 ? 4 : (tokens) <= 5 ? 2 : 1)
 #include "kernels/cpu/product_tmpl.h"
 #include "kernels/cpu/rows_tmpl.h"
 

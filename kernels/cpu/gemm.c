@@ -14,7 +14,7 @@
 enum {
     ALIGNMENT = 64,
     TOKENS = 256,  /* of a job: packed, a MOE_CPU_DEPTH of them fits in half a MiB of L2 */
-    JOB_ROWS = 48, /* of a job, gate and up together: with DEPTH what the packed tokens are read for */
+    JOB_ROWS = 48, /* of a job, gate and up together: how often a panel in L2 is used */
     TILE_COLUMNS = TOKENS + MOE_CPU_LANES,
     TILE_ROWS = JOB_ROWS + MOE_CPU_LANES, /* write() reads whole squares */
     BLOCK_FLOATS = MOE_CPU_BLOCK_ROWS * MOE_CPU_STRIDE,
@@ -57,10 +57,14 @@ static int64_t align(int64_t bytes)
     return divide_up(bytes, ALIGNMENT) * ALIGNMENT;
 }
 
-/* What a piece of `count` tokens becomes: a panel of *width tokens (0: none), which takes *panel of them, then rows. */
+/* What a piece of `count` tokens becomes: a panel of *width tokens (0: none), which takes *panel of them, then at most
+ * ops.dot_tokens rows. */
 static void split(const struct moe_cpu_ops *ops, int32_t count, int32_t *width, int32_t *panel)
 {
-    *width = count > ops->lanes + ops->dot_tokens ? 2 * ops->lanes : count > ops->dot_tokens ? ops->lanes : 0;
+    if (2 * count > 3 * ops->lanes) /* what idle lanes cost less than a dot() */
+        *width = 2 * ops->lanes;
+    else
+        *width = count > ops->dot_tokens ? ops->lanes : 0;
     *panel = count < *width ? count : *width;
 }
 
@@ -76,16 +80,16 @@ static int64_t slots_of(const struct moe_cpu_ops *ops, int64_t count)
 
 size_t moe_cpu_gemm_scratch(int32_t threads, int64_t rows, int32_t groups, int64_t depth)
 {
-    /* Only a group's last panel has idle lanes, fewer than half of a vector, and then as many rows or more. */
-    int64_t with_panel = rows < groups ? rows : groups;
-    int64_t slots = rows + with_panel * (MOE_CPU_LANES - 1);
+    /* Only the last panel of a group has idle lanes, and less than a vector of them. */
+    int64_t with_rows = rows < groups ? rows : groups;
+    int64_t slots = rows + with_rows * (MOE_CPU_LANES - 1);
 
     return (size_t)(align((groups + 1) * (int64_t)sizeof(struct start)) +
                     slots * divide_up(depth, MOE_CPU_PAD) * MOE_CPU_PAD * (int64_t)sizeof(float) +
                     threads * (int64_t)(BLOCK_FLOATS + TILE_FLOATS) * (int64_t)sizeof(float));
 }
 
-static int64_t columns_jobs(const struct run *run)
+static int64_t column_jobs(const struct run *run)
 {
     return divide_up(run->gemm->width, run->job_width);
 }
@@ -98,7 +102,7 @@ static void fill_starts(struct run *run)
     for (int32_t g = 0; g < run->gemm->groups; g++) {
         int64_t count = offsets[g + 1] - offsets[g];
         run->starts[g] = at;
-        at.job += divide_up(count, TOKENS) * columns_jobs(run);
+        at.job += divide_up(count, TOKENS) * column_jobs(run);
         at.piece += divide_up(count, 2 * run->ops->lanes);
         at.slot += slots_of(run->ops, count);
     }
@@ -122,7 +126,8 @@ static void pack_piece(const struct run *run, int32_t group, int64_t piece)
     if (width > 0)
         run->product->pack_panel(to, width, rows, panel, gemm->x_dtype, gemm->depth);
     if (panel < count)
-        run->product->pack_rows(to + width * run->units, rows + panel, count - panel, gemm->x_dtype, gemm->depth);
+        run->product->pack_rows(to + width * run->units, rows + panel, count - panel, gemm->x_dtype, gemm->w.dtype,
+                                gemm->depth);
 }
 
 static void pack_all(const struct run *run)
@@ -228,7 +233,7 @@ static void run_panels(const struct run *run, const struct job *job, const struc
     }
 }
 
-/* The rows of a job's last piece that are in no panel: at most ops.dot_tokens, see split(). */
+/* The rows of a job's last piece that are in no panel. */
 static void run_dots(const struct run *run, const struct job *job, float *tile, int64_t ldc)
 {
     const int32_t piece = 2 * run->ops->lanes;
@@ -275,7 +280,7 @@ static void run_thread(void *argument, int32_t thread, int32_t threads)
 
     /* One job is taken ahead, so that its weights can be fetched. */
     int64_t number = moe_pool_next(run->pool, 1);
-    struct job job, next;
+    struct job job = {0}, next = {0};
     if (number < jobs)
         job = job_at(run, &group, number);
     while (number < jobs) {

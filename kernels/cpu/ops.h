@@ -4,12 +4,12 @@
  * overwritten by AVX2, AVX-512 and AVX-512 BF16.
  *
  * A product computes c[row][token] = weights[row] . x[token]. Operands are counted in units of 4 bytes of the depth:
- * one fp32, or two bf16 where the processor multiplies these in pairs. Tokens come packed (pack), in one of two forms:
+ * one fp32, or two bf16 where the processor multiplies these in pairs. Tokens come packed, in one of two forms:
  *
- *   a panel   [units][width], width = lanes or 2 * lanes tokens side by side. tile() multiplies it with a block of
- * weight rows, one weight for all tokens at a time: nothing to add up across a vector. rows      for dot(): few tokens,
- * weights streamed from memory and used where they stand. They are cut into blocks of moe_cpu_dot_units,
- * [block][tokens][units of the block], so that one block stays in the first-level cache.
+ * - a panel, [units][width] with width = lanes or 2 * lanes tokens side by side. tile() multiplies it with a block of
+ *   weight rows, one weight for all tokens at a time: there is nothing to add up across a vector.
+ * - rows, for dot(): few tokens, the weights streamed from memory and used where they stand. The rows are cut into
+ *   blocks of moe_cpu_dot_units, [block][tokens][units of the block], so that one block stays in the first-level cache.
  *
  * Depths are padded with zeros to MOE_CPU_PAD units, so that only what touches unpacked memory knows about tails.
  */
@@ -25,7 +25,7 @@ enum {
     MOE_CPU_DEPTH = 512,                          /* units of a block of weights */
     MOE_CPU_STRIDE = MOE_CPU_DEPTH + MOE_CPU_PAD, /* from row to row of a block: off the powers of two, so that the
                                                      rows do not fight for the same cache sets */
-    MOE_CPU_DOT_UNITS = 4608,                     /* of all tokens in a block of dot(): 18 KiB */
+    MOE_CPU_DOT_UNITS = 6144,                     /* of all tokens in a block of dot(): 24 KiB */
     MOE_CPU_BLOCK_ROWS = 12,                      /* the most rows of a block */
     MOE_CPU_LANES = 16,                           /* the most lanes of a vector */
 };
@@ -55,8 +55,9 @@ struct moe_cpu_product {
     /* rows[i], i < count <= width, each `depth` elements of dtype -> a panel. */
     void (*pack_panel)(float *to, int32_t width, const void *const *rows, int32_t count, moe_dtype dtype,
                        int64_t depth);
-    /* rows[i], i < count <= ops.dot_tokens -> rows for dot(). */
-    void (*pack_rows)(float *to, const void *const *rows, int32_t count, moe_dtype dtype, int64_t depth);
+    /* rows[i], i < count <= ops.dot_tokens -> rows for dot() with weights of w_dtype. */
+    void (*pack_rows)(float *to, const void *const *rows, int32_t count, moe_dtype dtype, moe_dtype w_dtype,
+                      int64_t depth);
     /* `depth` elements of each of `rows` weight rows -> block[row][MOE_CPU_STRIDE], padded. */
     void (*load)(float *block, const struct moe_cpu_weights *w, int32_t rows, int64_t depth);
     /* c[row][token] (+)= block . panel, for ops.block_rows rows and `width` tokens. */
@@ -70,7 +71,7 @@ struct moe_cpu_product {
 struct moe_cpu_ops {
     const char *features;
     int32_t lanes, block_rows;
-    int32_t dot_tokens;          /* the most tokens of a dot(); more make a panel */
+    int32_t dot_tokens;          /* the most tokens of a dot(), from lanes / 2 to lanes; more make a panel */
     struct moe_cpu_product f32;  /* operands of any dtype */
     struct moe_cpu_product bf16; /* both operands bf16; tile NULL: use f32 */
 

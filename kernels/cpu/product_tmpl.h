@@ -45,15 +45,27 @@ static void pack_panel(float *to, int32_t width, const void *const *rows, int32_
         }
 }
 
-static void pack_rows(float *to, const void *const *rows, int32_t count, moe_dtype dtype, int64_t depth)
+/* Where bf16 weights will become fp32, x takes the order in which they are unpacked: even elements, then odd ones. */
+static void pack_rows(float *to, const void *const *rows, int32_t count, moe_dtype dtype, moe_dtype w_dtype,
+                      int64_t depth)
 {
     const int64_t units = padded_units(depth), block = moe_cpu_dot_units(count);
+    const bool pairs = PER_UNIT == 1 && w_dtype == MOE_BF16;
 
     for (int64_t from = 0; from < units; from += block) {
         const int64_t end = from + block < units ? from + block : units;
-        for (int32_t i = 0; i < count; i++)
-            for (int64_t u = from; u < end; u += LANES, to += LANES)
+        const int64_t paired = end < depth ? end : depth; /* what dot() takes as pairs ends here */
+        for (int32_t i = 0; i < count; i++) {
+            int64_t u = from;
+            for (; pairs && u + 2 * LANES <= paired; u += 2 * LANES, to += 2 * LANES) {
+                vf a = row_units(rows[i], dtype, u, depth), b = row_units(rows[i], dtype, u + LANES, depth);
+                vf_part_pair(&a, &b);
+                vf_store(to, a);
+                vf_store(to + LANES, b);
+            }
+            for (; u < end; u += LANES, to += LANES)
                 vf_store(to, row_units(rows[i], dtype, u * PER_UNIT, depth));
+        }
     }
 }
 
@@ -135,7 +147,8 @@ static void tile(float *c, int64_t ldc, const float *block, const float *panel, 
         tile_vectors(c, ldc, block, panel, units, add, ahead, 2);
 }
 
-/* One weight row of each of `rows` streams, `stride` bytes apart, by all tokens; the next rows are `ahead` bytes on. */
+/* One weight row of each of `rows` streams, `stride` bytes apart, by all tokens; the next rows are `ahead` bytes on.
+ * Fetching them may go past the end of the weights: a prefetch does not fault. */
 INLINE void dot_block(float *c, int64_t ldc, const char *w, size_t stride, intptr_t ahead, const float *x,
                       int64_t x_stride, int64_t depth, bool add, moe_dtype dtype, const int rows, const int tokens)
 {
@@ -145,6 +158,23 @@ INLINE void dot_block(float *c, int64_t ldc, const char *w, size_t stride, intpt
 
     for (int i = 0; i < 32; i++)
         acc[i] = vf_set(0);
+#if PER_UNIT == 1
+    /* Shift and mask make two vectors of a load, cheaper than widening half a vector twice. */
+    for (; dtype == MOE_BF16 && k + 2 * STEP <= depth; k += 2 * STEP) {
+        vf wv[8][2];
+        for (int r = 0; r < rows; r++) {
+            const char *from = w + (size_t)r * stride + (size_t)k * size;
+            __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)ahead), 0, 2);
+            vf_load_pair(&wv[r][0], &wv[r][1], from);
+        }
+        for (int half = 0; half < 2; half++)
+            for (int t = 0; t < tokens; t++) {
+                vf xv = vf_load(x + t * x_stride + k + half * LANES);
+                for (int r = 0; r < rows; r++)
+                    acc[r * tokens + t] = units_mac(acc[r * tokens + t], wv[r][half], xv);
+            }
+    }
+#endif
     for (; k + STEP <= depth; k += STEP) {
         vf wv[8];
         for (int r = 0; r < rows; r++) {

@@ -52,7 +52,7 @@ static void silu(void *to, moe_dtype dtype, int64_t stride, const float *gate, c
     }
 }
 
-static void write(float *to, int64_t stride, const float *c, int64_t ldc, int64_t rows, int64_t tokens)
+static void write_plain(float *to, int64_t stride, const float *c, int64_t ldc, int64_t rows, int64_t tokens)
 {
     write_all((char *)to, MOE_F32, stride, c, NULL, ldc, rows, tokens);
 }
@@ -109,7 +109,7 @@ static void convert(void *to, moe_dtype to_dtype, const void *from, moe_dtype fr
 static void fill_rows(struct moe_cpu_ops *ops)
 {
     ops->silu = silu;
-    ops->write = write;
+    ops->write = write_plain;
     ops->combine = combine;
     ops->convert = convert;
 }

@@ -10,7 +10,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { LANES = 8, BLOCK_ROWS = 6 };
-#define MOST_DOT_TOKENS 4
+#define MOST_DOT_TOKENS 8
 
 typedef __m256 vf;
 
@@ -80,6 +80,22 @@ INLINE vf vf_load_as(const void *p, moe_dtype dtype)
     if (dtype == MOE_F16)
         return _mm256_cvtph_ps(half);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+/* Two vectors of bf16 as fp32: the even elements in a, the odd ones in b. */
+INLINE void vf_load_pair(vf *a, vf *b, const void *p)
+{
+    __m256i bits = _mm256_loadu_si256(p);
+    *a = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+    *b = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32((int)0xffff0000)));
+}
+
+/* 2 * LANES consecutive numbers in a and b, put into the order of vf_load_pair. */
+INLINE void vf_part_pair(vf *a, vf *b)
+{
+    vf even = _mm256_shuffle_ps(*a, *b, 0x88), odd = _mm256_shuffle_ps(*a, *b, 0xdd);
+    *a = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
+    *b = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8));
 }
 
 /* The upper halves, rounded to nearest even, NaN kept quiet; as 32-bit numbers. */

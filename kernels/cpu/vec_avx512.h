@@ -97,6 +97,24 @@ INLINE vf vf_load_part(const void *p, moe_dtype dtype, int n)
     return dtype == MOE_F16 ? _mm512_cvtph_ps(half) : f32_from_bf16(half);
 }
 
+/* Two vectors of bf16 as fp32: the even elements in a, the odd ones in b. */
+INLINE void vf_load_pair(vf *a, vf *b, const void *p)
+{
+    __m512i bits = _mm512_loadu_si512(p);
+    *a = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    *b = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+/* 2 * LANES consecutive numbers in a and b, put into the order of vf_load_pair. */
+INLINE void vf_part_pair(vf *a, vf *b)
+{
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+    const vf first = *a;
+    *a = _mm512_permutex2var_ps(first, even, *b);
+    *b = _mm512_permutex2var_ps(first, odd, *b);
+}
+
 /* The upper halves, rounded to nearest even, NaN kept quiet. Not vcvtneps2bf16, which makes zeros of subnormals. */
 INLINE __m256i bf16_bits(vf a)
 {

@@ -75,6 +75,25 @@ INLINE vf vf_load_as(const void *p, moe_dtype dtype)
     return vf_load_part(p, dtype, LANES);
 }
 
+/* Two vectors of bf16 as fp32: the even elements in a, the odd ones in b. */
+INLINE void vf_load_pair(vf *a, vf *b, const void *p)
+{
+    for (int i = 0; i < LANES; i++) {
+        a->v[i] = moe_load_f32(p, MOE_BF16, 2 * i);
+        b->v[i] = moe_load_f32(p, MOE_BF16, 2 * i + 1);
+    }
+}
+
+/* 2 * LANES consecutive numbers in a and b, put into the order of vf_load_pair. */
+INLINE void vf_part_pair(vf *a, vf *b)
+{
+    const vf both[2] = {*a, *b};
+    for (int i = 0; i < LANES; i++) {
+        a->v[i] = both[i / (LANES / 2)].v[2 * i % LANES];
+        b->v[i] = both[i / (LANES / 2)].v[2 * i % LANES + 1];
+    }
+}
+
 INLINE void vf_store_part(void *p, moe_dtype dtype, vf a, int n)
 {
     for (int i = 0; i < n; i++)

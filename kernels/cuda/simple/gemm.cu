@@ -2,6 +2,9 @@
 // A grouped GEMM, readable first: c[r] = a[row of r] . b[group of r]^T for all rows of the plan, one launch for groups
 // of any size. The host does not know the counts: as many blocks as the GPU holds walk all tiles, and find in the
 // plan's offsets which group a tile belongs to.
+//
+// GEMM 1 is the same kernel with b's gate and up rows side by side in a tile, so that the thread that holds a gate
+// value holds the up value it belongs to, and writes silu(gate) * up: fp32 until then, and half the result to store.
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/simple/tile.cuh"
 #include "kernels/kernels.h"
@@ -14,7 +17,7 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 struct gemm {
     const void *a;          // [..., k]
     const int32_t *a_row;   // [R]: the row of `a` for row r of the plan; NULL: r itself
-    const void *b;          // [groups][n][k]
+    const void *b;          // [groups][n][k], or with gate and up [groups][2n][k]
     void *c;                // [R][n]
     const int32_t *offsets; // [groups + 1]
     int32_t groups, n, k;
@@ -94,7 +97,7 @@ __device__ inline void load_chunk(char *to, const T *row, int column, int column
 // copy of piece i + STAGES - 1 into the place that step i - 1 has read, and multiplies. The one barrier of a step says
 // both that everybody's copies of piece i are there and that everybody is done with step i - 1.
 
-template <class Tile, bool ALIGNED>
+template <class Tile, bool ALIGNED, bool GATED>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) gemm_kernel(const gemm g)
 {
     typedef typename Tile::T T;
@@ -103,12 +106,13 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) gemm_kernel(const
     constexpr int STRIDE = THREADS / CHUNKS; // a thread loads one chunk of every STRIDE-th row
     constexpr int A_ROWS = (BM + STRIDE - 1) / STRIDE, B_ROWS = BN / STRIDE;
     constexpr int STAGE_BYTES = (BM + BN) * ROW_BYTES;
-    constexpr int LD = BN + PER_CHUNK; // of the finished tile in shared memory, off a multiple of the banks
+    constexpr int COLS = GATED ? BN / 2 : BN; // columns of c in a tile
+    constexpr int LD = COLS + PER_CHUNK;      // of the finished tile in shared memory, off a multiple of the banks
     static_assert(BN % STRIDE == 0 && (BM % STRIDE == 0 || BM < STRIDE), "rows must divide among the threads");
     static_assert(BM * LD * sizeof(T) <= STAGES * STAGE_BYTES, "the finished tile must fit in the ring");
 
     extern __shared__ __align__(128) char ring[];
-    const int64_t columns = (g.n + BN - 1) / BN;
+    const int64_t columns = (g.n + COLS - 1) / COLS;
     const int steps = (g.k + PER_STEP - 1) / PER_STEP;
     const int my_chunk = threadIdx.x % CHUNKS, my_row = threadIdx.x / CHUNKS;
 
@@ -119,9 +123,9 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) gemm_kernel(const
         place_tile(tile - walk.before, (count + BM - 1) / BM, columns, &row_tile, &column);
         const int64_t r0 = first + row_tile * BM;
         const int rows = (int)(count - row_tile * BM < BM ? count - row_tile * BM : BM);
-        const int n0 = (int)(column * BN);
-        const int cols = g.n - n0 < BN ? g.n - n0 : BN;
-        const T *b0 = (const T *)g.b + ((int64_t)walk.group * g.n + n0) * g.k;
+        const int n0 = (int)(column * COLS);
+        const int cols = g.n - n0 < COLS ? g.n - n0 : COLS;
+        const T *b0 = (const T *)g.b + ((int64_t)walk.group * g.n * (GATED ? 2 : 1) + n0) * g.k;
 
         int32_t a_row[A_ROWS]; // -1: not a row of this tile
 #pragma unroll
@@ -143,7 +147,10 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) gemm_kernel(const
 #pragma unroll
             for (int i = 0; i < B_ROWS; i++) {
                 const int r = my_row + i * STRIDE;
-                const T *row = r < cols ? b0 + (int64_t)r * g.k : NULL;
+                const int n = GATED ? Tile::pair_column(r) : r; // the column of c that row r of the tile is for
+                const T *row = n < cols ? b0 + (int64_t)n * g.k : NULL;
+                if (GATED && row && Tile::pair_is_up(r))
+                    row += (int64_t)g.n * g.k;
                 load_chunk<ALIGNED>(b + chunk_at(r, my_chunk), row, k, g.k, g.b);
             }
         };
@@ -168,10 +175,10 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) gemm_kernel(const
 
         // Through shared memory, so that rows are written in whole pieces.
         T *c = (T *)ring;
-        product.put(c, LD);
+        product.template put<GATED>(c, LD);
         __syncthreads();
-        for (int i = threadIdx.x; i < BM * BN / PER_CHUNK; i += THREADS) {
-            const int r = i / (BN / PER_CHUNK), column0 = i % (BN / PER_CHUNK) * PER_CHUNK;
+        for (int i = threadIdx.x; i < BM * COLS / PER_CHUNK; i += THREADS) {
+            const int r = i / (COLS / PER_CHUNK), column0 = i % (COLS / PER_CHUNK) * PER_CHUNK;
             if (r >= rows || column0 >= cols)
                 continue;
             const T *from = c + r * LD + column0;
@@ -189,44 +196,46 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) gemm_kernel(const
 
 // ---- Host ----
 
-template <class Tile, bool ALIGNED> moe_status launch(const struct moe_call *call, const gemm &g, const char *name)
+template <class Tile, bool ALIGNED, bool GATED>
+moe_status launch(const struct moe_call *call, const gemm &g, const char *name)
 {
     const int64_t pairs = call->tokens * call->slots;
     const int64_t row_tiles = pairs / Tile::BM + (g.groups < pairs ? g.groups : pairs); // the most there can be
-    const unsigned grid =
-        moe_grid(row_tiles * moe_ceil_div(g.n, Tile::BN), call->max_sms, call->exec->sms, Tile::BLOCKS);
+    const int64_t column_tiles = moe_ceil_div(g.n, GATED ? Tile::BN / 2 : Tile::BN);
+    const unsigned grid = moe_grid(row_tiles * column_tiles, call->max_sms, call->exec->sms, Tile::BLOCKS);
     const int shared = Tile::STAGES * (Tile::BM + Tile::BN) * ROW_BYTES;
 
-    cudaFuncSetAttribute(gemm_kernel<Tile, ALIGNED>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    gemm_kernel<Tile, ALIGNED><<<grid, Tile::THREADS, shared, (cudaStream_t)call->stream>>>(g);
+    cudaFuncSetAttribute(gemm_kernel<Tile, ALIGNED, GATED>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    gemm_kernel<Tile, ALIGNED, GATED><<<grid, Tile::THREADS, shared, (cudaStream_t)call->stream>>>(g);
     return moe_launched(call->error, name);
 }
 
 // The tile by how many rows a group has on average: few rows are about reading weights, with many small copies in
 // flight; many rows are about the tensor cores. Sizes that rule out 16-byte copies get one tile that loads element by
 // element.
-template <typename T> moe_status choose(const struct moe_call *call, const gemm &g, bool aligned, const char *name)
+template <typename T, bool GATED>
+moe_status choose(const struct moe_call *call, const gemm &g, bool aligned, const char *name)
 {
     const int64_t rows = call->tokens * call->slots / g.groups;
 
-    if (!aligned)
-        return launch<tensor_tile<T, 64, 128, 2, 2, 4, 2>, false>(call, g, name);
-    if (rows <= 8)
-        return launch<tensor_tile<T, 16, 64, 1, 4, 8, 2>, true>(call, g, name);
-    if (rows <= 48)
-        return launch<tensor_tile<T, 64, 128, 2, 2, 4, 2>, true>(call, g, name);
-    return launch<tensor_tile<T, 128, 128, 2, 2, 3, 2>, true>(call, g, name);
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (!aligned)
+            return launch<fma_tile<4, 8, 3, 2>, false, GATED>(call, g, name);
+        if (rows <= 16)
+            return launch<fma_tile<1, 4, 8, 2>, true, GATED>(call, g, name);
+        return launch<fma_tile<8, 8, 3, GATED ? 1 : 2>, true, GATED>(call, g, name); // gated does not fit 128 registers
+    } else {
+        if (!aligned)
+            return launch<tensor_tile<T, 64, 128, 2, 2, 4, 2>, false, GATED>(call, g, name);
+        if (rows <= 8)
+            return launch<tensor_tile<T, 16, 64, 1, 4, 8, 2>, true, GATED>(call, g, name);
+        if (rows <= 48)
+            return launch<tensor_tile<T, 64, 128, 2, 2, 4, 2>, true, GATED>(call, g, name);
+        return launch<tensor_tile<T, 128, 128, 2, 2, 3, 2>, true, GATED>(call, g, name);
+    }
 }
 
-template <> moe_status choose<float>(const struct moe_call *call, const gemm &g, bool aligned, const char *name)
-{
-    if (!aligned)
-        return launch<fma_tile<4, 8, 3, 2>, false>(call, g, name);
-    if (call->tokens * call->slots / g.groups <= 16)
-        return launch<fma_tile<1, 4, 8, 2>, true>(call, g, name);
-    return launch<fma_tile<8, 8, 3, 2>, true>(call, g, name);
-}
-
+template <bool GATED>
 moe_status run(const struct moe_call *call, const void *a, const int32_t *a_row, const struct moe_weights_view *b,
                void *c, const char *name)
 {
@@ -237,13 +246,13 @@ moe_status run(const struct moe_call *call, const void *a, const int32_t *a_row,
                         "%s: weights of %lld x %lld are too large for path 'simple'", name, (long long)b->rows,
                         (long long)b->cols);
 
-    const gemm g = {
-        a, a_row, b->data, c, call->plan.plan.offsets, call->plan.groups, (int32_t)b->rows, (int32_t)b->cols};
-    const int64_t whole = CHUNK / (int64_t)moe_dtype_size(call->dtype);
+    const int32_t n = (int32_t)(GATED ? b->rows / 2 : b->rows), k = (int32_t)b->cols;
+    const gemm g = {a, a_row, b->data, c, call->plan.plan.offsets, call->plan.groups, n, k};
+    const int32_t whole = (int32_t)(CHUNK / moe_dtype_size(call->dtype));
     const bool aligned =
-        b->rows % whole == 0 && b->cols % whole == 0 && moe_aligned16(a) && moe_aligned16(b->data) && moe_aligned16(c);
+        n % whole == 0 && k % whole == 0 && moe_aligned16(a) && moe_aligned16(b->data) && moe_aligned16(c);
     moe_status status = MOE_OK;
-    moe_with_dtype(call->dtype, [&](auto t) { status = choose<decltype(t)>(call, g, aligned, name); });
+    moe_with_dtype(call->dtype, [&](auto t) { status = choose<decltype(t), GATED>(call, g, aligned, name); });
     return status;
 }
 
@@ -251,10 +260,10 @@ moe_status run(const struct moe_call *call, const void *a, const int32_t *a_row,
 
 moe_status moe_gemm1_simple(const struct moe_call *call)
 {
-    return run(call, call->x, call->plan.plan.row_token, &call->w13, call->gate_up, "gemm1 simple");
+    return run<true>(call, call->x, call->plan.plan.row_token, &call->w13, call->act, "gemm1 simple");
 }
 
 moe_status moe_gemm2_simple(const struct moe_call *call)
 {
-    return run(call, call->act, NULL, &call->w2, call->down, "gemm2 simple");
+    return run<false>(call, call->act, NULL, &call->w2, call->down, "gemm2 simple");
 }

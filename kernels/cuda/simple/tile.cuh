@@ -2,9 +2,14 @@
 // How a block multiplies what lies in shared memory: on tensor cores for bf16 and f16, with FMAs for f32. Both take
 // a[BM][128 bytes] and b[BN][128 bytes], add their product over those columns to a BM x BN tile held in registers, and
 // put that tile into shared memory in the end.
+//
+// In a gated tile half of b's rows are gate rows and half up rows: row r is for column pair_column(r) of the result,
+// and an up row if pair_is_up(r). Each tile alternates them in the steps in which a thread's columns lie apart, so that
+// a gate value and its up value meet in one thread.
 #ifndef MOE_KERNELS_CUDA_SIMPLE_TILE_CUH
 #define MOE_KERNELS_CUDA_SIMPLE_TILE_CUH
 
+#include "kernels/cuda/common/activation.cuh"
 #include "kernels/cuda/common/dtype.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 
@@ -27,6 +32,15 @@ template <typename Type, int M, int N, int WM, int WN, int STAGES_, int BLOCKS_>
     static constexpr int WARP_M = BM / WM, WARP_N = BN / WN;
     static constexpr int MI = WARP_M / 16, NI = WARP_N / 8; // m16n8 pieces of a warp
     static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0, "ldmatrix brings 16 rows of either operand");
+
+    static __device__ int pair_column(int r)
+    {
+        return r / 16 * 8 + r % 8;
+    }
+    static __device__ bool pair_is_up(int r)
+    {
+        return r % 16 >= 8;
+    }
 
     float sum[MI][NI][4];
 
@@ -65,18 +79,25 @@ template <typename Type, int M, int N, int WM, int WN, int STAGES_, int BLOCKS_>
     }
 
     // c[BM][ld]
-    __device__ void put(T *c, int ld) const
+    template <bool GATED> __device__ void put(T *c, int ld) const
     {
+        constexpr int HALF = GATED ? 2 : 1;
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        const int m0 = warp / WN * WARP_M + lane / 4, n0 = warp % WN * WARP_N + lane % 4 * 2;
+        const int m0 = warp / WN * WARP_M + lane / 4, n0 = warp % WN * WARP_N / HALF + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < MI; i++)
 #pragma unroll
-            for (int j = 0; j < NI; j++)
+            for (int j = 0; j < NI; j += HALF)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    const float pair[2] = {sum[i][j][2 * h], sum[i][j][2 * h + 1]};
-                    moe_store<true>(c + (m0 + i * 16 + h * 8) * ld + n0 + j * 8, 2, pair);
+                    float pair[2];
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        pair[e] = sum[i][j][2 * h + e];
+                        if constexpr (GATED)
+                            pair[e] = moe_silu(pair[e]) * sum[i][j + 1][2 * h + e];
+                    }
+                    moe_store<true>(c + (m0 + i * 16 + h * 8) * ld + n0 + j / HALF * 8, 2, pair);
                 }
     }
 };
@@ -87,6 +108,15 @@ template <int TM, int TN, int STAGES_, int BLOCKS_> struct fma_tile {
     static constexpr int BM = 16 * TM, BN = 16 * TN, STAGES = STAGES_;
     static constexpr int THREADS = 256;
     static constexpr int BLOCKS = BLOCKS_; // on an SM
+
+    static __device__ int pair_column(int r)
+    {
+        return r / 32 * 16 + r % 16;
+    }
+    static __device__ bool pair_is_up(int r)
+    {
+        return r % 32 >= 16;
+    }
 
     float sum[TM][TN];
 
@@ -122,14 +152,19 @@ template <int TM, int TN, int STAGES_, int BLOCKS_> struct fma_tile {
         }
     }
 
-    __device__ void put(float *c, int ld) const
+    template <bool GATED> __device__ void put(float *c, int ld) const
     {
+        constexpr int HALF = GATED ? 2 : 1;
         const int x = threadIdx.x % 16, y = threadIdx.x / 16;
 #pragma unroll
         for (int i = 0; i < TM; i++)
 #pragma unroll
-            for (int j = 0; j < TN; j++)
-                c[(y + 16 * i) * ld + x + 16 * j] = sum[i][j];
+            for (int j = 0; j < TN; j += HALF) {
+                float value = sum[i][j];
+                if constexpr (GATED)
+                    value = moe_silu(value) * sum[i][j + 1];
+                c[(y + 16 * i) * ld + x + j / HALF * 16] = value;
+            }
     }
 };
 
