@@ -98,13 +98,6 @@ static moe_status check_target(const char *path, struct moe_error *err)
     return MOE_OK;
 }
 
-static void free_output(struct moe_output *output)
-{
-    free(output->path);
-    free(output->temporary);
-    free(output);
-}
-
 moe_status moe_output_open(const char *path, struct moe_output **out, struct moe_error *err)
 {
     *out = NULL;
@@ -179,7 +172,7 @@ moe_status moe_output_commit(struct moe_output *output, struct moe_error *err)
         status = failed(output, "give the file its name", err);
     if (status == MOE_OK)
         sync_directory(output);
-    moe_output_abort(output); /* nothing of it has a name of its own any more, unless it failed */
+    moe_output_abort(output); /* unless it failed, no temporary name is left to remove */
     return status;
 }
 
@@ -190,8 +183,10 @@ void moe_output_abort(struct moe_output *output)
     if (output->named)
         unlink(output->temporary);
     if (output->fd >= 0)
-        close(output->fd);
-    free_output(output);
+        close(output->fd); /* fsync has told what this could */
+    free(output->path);
+    free(output->temporary);
+    free(output);
 }
 
 moe_status moe_output_put(const char *path, const void *data, size_t bytes, struct moe_error *err)

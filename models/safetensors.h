@@ -51,13 +51,12 @@ struct moe_st_write_tensor {
     const void *data; /* NULL: delivered later, in order, with moe_st_writer_data */
 };
 
-/* One call for data in memory: writes a temporary file beside `path`, flushes it to disk and renames it.
- * MOE_ERROR_WRITE. */
+/* One call for data in memory, flushed to disk (config/output.h). MOE_ERROR_WRITE. */
 moe_status moe_st_write(const char *path, const struct moe_st_write_tensor *tensors, size_t count,
                         struct moe_error *err);
 
 /* Streaming form for files larger than memory: open with all the tensors (data unused), then append their bytes in
- * order in pieces of any size, then commit (checks that all bytes came) or abort (removes the temporary file). */
+ * order in pieces of any size, then commit (checks that all bytes came) or abort. */
 struct moe_st_writer;
 moe_status moe_st_writer_open(const char *path, const struct moe_st_write_tensor *tensors, size_t count,
                               struct moe_st_writer **writer, struct moe_error *err);

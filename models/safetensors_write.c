@@ -1,22 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "models/safetensors.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "config/json.h"
+#include "config/output.h"
 #include "models/st_dtypes.h"
 
 struct moe_st_writer {
-    char *path, *temporary;
-    int fd;
+    char *path; /* for messages */
+    struct moe_output *output;
     uint64_t left; /* bytes of data still to come */
 };
 
@@ -101,77 +97,9 @@ static moe_status make_header(const char *path, const struct moe_st_write_tensor
 
 /* ---- The file ---- */
 
-static moe_status write_failed(const char *path, const char *what, struct moe_error *err)
-{
-    return moe_fail(err, MOE_ERROR_WRITE, "%s: cannot %s: %s", path, what, strerror(errno));
-}
-
-static moe_status write_all(const struct moe_st_writer *writer, const void *data, size_t bytes, struct moe_error *err)
-{
-    const char *from = data;
-    while (bytes) {
-        ssize_t done = write(writer->fd, from, bytes < (1u << 30) ? bytes : 1u << 30);
-        if (done < 0 && errno == EINTR)
-            continue;
-        if (done < 0)
-            return write_failed(writer->path, "write", err);
-        from += done;
-        bytes -= (size_t)done;
-    }
-    return MOE_OK;
-}
-
-/* Length of the directory part of path, its last slash included; 0 without one. */
-static size_t directory_length(const char *path)
-{
-    const char *slash = strrchr(path, '/');
-    return slash ? (size_t)(slash - path) + 1 : 0;
-}
-
-/* Makes .NAME.XXXXXX beside the path, with the permissions that open() would give (mkstemp would give 0600). */
-static moe_status open_temporary(struct moe_st_writer *writer, struct moe_error *err)
-{
-    static const char letters[] = "abcdefghijklmnopqrstuvwxyz0123456789";
-    size_t directory = directory_length(writer->path), bytes = strlen(writer->path) + sizeof "..XXXXXX";
-    writer->temporary = malloc(bytes);
-    if (!writer->temporary)
-        return moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "%s: out of memory", writer->path);
-
-    for (int attempt = 0; attempt < 100; attempt++) {
-        unsigned char random[6];
-        char suffix[7] = "";
-        if (getrandom(random, sizeof random, 0) != (ssize_t)sizeof random)
-            break;
-        for (int i = 0; i < 6; i++)
-            suffix[i] = letters[random[i] % (sizeof letters - 1)];
-        snprintf(writer->temporary, bytes, "%.*s.%s.%s", (int)directory, writer->path, writer->path + directory,
-                 suffix);
-        writer->fd = open(writer->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-        if (writer->fd >= 0)
-            return MOE_OK;
-        if (errno != EEXIST)
-            break;
-    }
-    return write_failed(writer->path, "create a temporary file beside it", err);
-}
-
-static moe_status check_target(const char *path, struct moe_error *err)
-{
-    struct stat st;
-    size_t directory = directory_length(path);
-    if (!path[directory])
-        return moe_fail(err, MOE_ERROR_WRITE, "%s: names no file", *path ? path : "output path");
-    /* A rename would put a file in the place of a device or a FIFO. */
-    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode))
-        return moe_fail(err, MOE_ERROR_WRITE, "%s: is %s, expected a file or nothing", path,
-                        S_ISDIR(st.st_mode) ? "a directory" : "not a regular file");
-    return MOE_OK;
-}
-
 static void free_writer(struct moe_st_writer *writer)
 {
     free(writer->path);
-    free(writer->temporary);
     free(writer);
 }
 
@@ -186,15 +114,12 @@ moe_status moe_st_writer_open(const char *path, const struct moe_st_write_tensor
         free(writer);
         return moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "%s: out of memory", path);
     }
-    writer->fd = -1;
 
     moe_status status = make_header(path, tensors, count, &header, &length, &writer->left, err);
     if (status == MOE_OK)
-        status = check_target(path, err);
+        status = moe_output_open(path, &writer->output, err);
     if (status == MOE_OK)
-        status = open_temporary(writer, err);
-    if (status == MOE_OK)
-        status = write_all(writer, header, length, err);
+        status = moe_output_write(writer->output, header, length, err);
     free(header);
     if (status != MOE_OK) {
         moe_st_writer_abort(writer);
@@ -210,60 +135,27 @@ moe_status moe_st_writer_data(struct moe_st_writer *writer, const void *data, si
         return moe_fail(err, MOE_ERROR_INVALID_ARGUMENT, "%s: %zu bytes of data come, expected at most %llu",
                         writer->path, bytes, (unsigned long long)writer->left);
     writer->left -= bytes;
-    return write_all(writer, data, bytes, err);
-}
-
-/* Makes the rename last. A file system that cannot sync a directory keeps its own promises. */
-static void sync_directory(const char *path)
-{
-    char *copy = strdup(path);
-    if (!copy)
-        return;
-    size_t length = directory_length(path);
-    copy[length] = 0;
-    int fd = open(length ? copy : ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd >= 0) {
-        fsync(fd);
-        close(fd);
-    }
-    free(copy);
+    return moe_output_write(writer->output, data, bytes, err);
 }
 
 moe_status moe_st_writer_commit(struct moe_st_writer *writer, struct moe_error *err)
 {
-    moe_status status = MOE_OK;
-    if (writer->left)
-        status = moe_fail(err, MOE_ERROR_INVALID_ARGUMENT, "%s: %llu bytes of data did not come", writer->path,
-                          (unsigned long long)writer->left);
-    else if (fsync(writer->fd))
-        status = write_failed(writer->path, "flush", err);
-    if (status == MOE_OK) {
-        int fd = writer->fd;
-        writer->fd = -1; /* whatever close says, the descriptor is gone */
-        if (close(fd))
-            status = write_failed(writer->path, "close", err);
-        else if (rename(writer->temporary, writer->path))
-            status = write_failed(writer->path, "rename the temporary file", err);
-        if (status != MOE_OK)
-            unlink(writer->temporary);
-    }
-    if (status != MOE_OK) {
+    if (writer->left) {
+        moe_status status = moe_fail(err, MOE_ERROR_INVALID_ARGUMENT, "%s: %llu bytes of data did not come",
+                                     writer->path, (unsigned long long)writer->left);
         moe_st_writer_abort(writer);
         return status;
     }
-    sync_directory(writer->path);
+    moe_status status = moe_output_commit(writer->output, err);
     free_writer(writer);
-    return MOE_OK;
+    return status;
 }
 
 void moe_st_writer_abort(struct moe_st_writer *writer)
 {
     if (!writer)
         return;
-    if (writer->fd >= 0) {
-        close(writer->fd);
-        unlink(writer->temporary);
-    }
+    moe_output_abort(writer->output);
     free_writer(writer);
 }
 

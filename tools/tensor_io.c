@@ -1,16 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "tools/tensor_io.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <unistd.h>
 
 #include "config/file.h"
 #include "models/safetensors.h"
-
-/* ---- Reading ---- */
 
 /* The tensor `name`, which must be a matrix of `rows` rows (-1: any number). */
 static moe_status find_matrix(const struct moe_st_file *file, const char *name, int64_t rows,
@@ -117,45 +112,4 @@ void host_batch_free(struct host_batch *batch)
     free((void *)batch->topk_ids);
     free((void *)batch->topk_weights);
     memset(batch, 0, sizeof *batch);
-}
-
-/* ---- Writing ---- */
-
-static bool write_all(int fd, const char *text, size_t length)
-{
-    while (length > 0) {
-        ssize_t n = write(fd, text, length);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            return false;
-        text += n;
-        length -= (size_t)n;
-    }
-    return fsync(fd) == 0;
-}
-
-moe_status text_write(const char *path, const char *text, struct moe_error *err)
-{
-    size_t length = strlen(path);
-    char *temporary = malloc(length + sizeof ".partial");
-    if (!temporary)
-        return moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "%s: %s", path, moe_status_string(MOE_ERROR_OUT_OF_MEMORY));
-    memcpy(temporary, path, length);
-    memcpy(temporary + length, ".partial", sizeof ".partial");
-    int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0666);
-    bool ok = fd >= 0 && write_all(fd, text, strlen(text));
-    int reason = errno;
-    if (fd >= 0 && close(fd) != 0 && ok) {
-        ok = false;
-        reason = errno;
-    }
-    if (ok && rename(temporary, path) != 0) {
-        ok = false;
-        reason = errno;
-    }
-    if (!ok && fd >= 0)
-        unlink(temporary);
-    free(temporary);
-    return ok ? MOE_OK : moe_fail(err, MOE_ERROR_WRITE, "%s: %s", path, strerror(reason));
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Batches of tokens in safetensors files, and the small text files of a checkpoint. */
+/* Batches of tokens in safetensors files. */
 #ifndef MOE_TOOLS_TENSOR_IO_H
 #define MOE_TOOLS_TENSOR_IO_H
 
@@ -26,8 +26,5 @@ struct host_batch {
 moe_status host_batch_read(const char *path, int64_t hidden, bool routing, struct host_batch *batch,
                            struct moe_error *err);
 void host_batch_free(struct host_batch *batch);
-
-/* Writes a text file whole or not at all. MOE_ERROR_WRITE. */
-moe_status text_write(const char *path, const char *text, struct moe_error *err);
 
 #endif

@@ -22,12 +22,31 @@ namespace
 constexpr size_t flush_bytes = (size_t)384 << 20;
 constexpr size_t blas_workspace_bytes = (size_t)64 << 20;
 constexpr int64_t dense_rows = 65536; // a product of more rows is done in slices: its rate has long stopped growing
-constexpr int read_threads = 512, read_unroll = 8, read_blocks_per_sm = 2;
+constexpr int read_trials = 3;
+constexpr int touched_per_launch = 1024;
 
-// A contiguous run of 16-byte units; `first` is its place in the concatenation of all runs.
-struct segment {
-    const uint4 *data;
-    uint64_t first, units;
+// One kind of matrix of every expert: expert e's begins e * stride bytes from `data`.
+struct stack {
+    const char *data;
+    uint64_t stride;
+    uint32_t chunks; // of a matrix; the last may be short
+};
+
+// What a launch of the read reads: matrices of both kinds of some experts. It travels as a parameter, because a list in
+// memory would make the first load of every block wait for another one.
+struct read_list {
+    stack w13, w2;
+    uint32_t experts;
+    uint16_t ids[touched_per_launch];
+};
+
+using read_kernel = void (*)(read_list, uint32_t *);
+
+// A way to read: how a block is made, and how many there are on an SM (0: as many blocks as there are chunks, of which
+// the hardware runs those that fit).
+struct read_way {
+    read_kernel kernel;
+    int threads, unroll, blocks_per_sm;
 };
 
 using gemm_ex = cublasStatus_t (*)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int, const void *,
@@ -50,9 +69,7 @@ struct cuda_machine {
     cudaEvent_t begin, end;
     uint4 *flush;
     uint32_t *sink;
-    segment *segments; // on the device
-    int segment_count;
-    uint64_t units;
+    const read_way *way;
     blas cublas;
     void *blas_workspace;
     char *dense; // rows of the products' operands and results
@@ -82,40 +99,57 @@ __device__ uint32_t fold(uint4 v)
     return v.x ^ v.y ^ v.z ^ v.w;
 }
 
-// Each block reads an equal, contiguous part of the concatenation.
-__global__ void __launch_bounds__(read_threads, read_blocks_per_sm)
-    read_segments(const segment *segments, int count, uint64_t units, uint32_t *sink)
+__device__ uint4 load_once(const uint4 *from)
 {
-    uint64_t at = units * blockIdx.x / gridDim.x, end = units * (blockIdx.x + 1) / gridDim.x;
-    int low = 0, high = count - 1; // the last segment whose `first` is not past `at`
-    while (low < high) {
-        int middle = (low + high + 1) / 2;
-        if (segments[middle].first <= at)
-            low = middle;
-        else
-            high = middle - 1;
-    }
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+}
+
+// All blocks walk the matrices together, so that what is in flight lies close together in memory. A chunk is what a
+// block loads at once.
+template <int threads, int unroll>
+__global__ void __launch_bounds__(threads) read_experts(const __grid_constant__ read_list list, uint32_t *sink)
+{
+    constexpr uint32_t chunk_bytes = threads * unroll * sizeof(uint4);
+    const uint32_t w13_chunks = list.experts * list.w13.chunks, chunks = w13_chunks + list.experts * list.w2.chunks;
     uint32_t sum = 0;
-    for (; at < end; low++) {
-        const segment s = segments[low];
-        uint64_t stop = min(end, s.first + s.units);
-        const uint4 *data = s.data - s.first;
-        for (uint64_t i = at + threadIdx.x; i < stop; i += read_threads * read_unroll) {
-            uint4 v[read_unroll];
+    for (uint32_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+        const bool first = chunk < w13_chunks;
+        const stack &from = first ? list.w13 : list.w2;
+        const uint32_t index = first ? chunk : chunk - w13_chunks, expert = index / from.chunks;
+        const uint64_t begin = (uint64_t)(index - expert * from.chunks) * chunk_bytes;
+        // Without the odd bytes around the 16-byte units.
+        const uintptr_t matrix = (uintptr_t)from.data + list.ids[expert] * from.stride;
+        const uint4 *data = reinterpret_cast<const uint4 *>((matrix + 15) / 16 * 16 + begin) + threadIdx.x;
+        const uint4 *end = reinterpret_cast<const uint4 *>((matrix + from.stride) / 16 * 16);
+        uint4 v[unroll];
+        if (begin + chunk_bytes + 16 <= from.stride) {
 #pragma unroll
-            for (int j = 0; j < read_unroll; j++) {
-                uint64_t k = i + j * read_threads;
-                v[j] = k < stop ? __ldcs(data + k) : make_uint4(0, 0, 0, 0);
-            }
+            for (int j = 0; j < unroll; j++)
+                v[j] = load_once(data + j * threads);
+        } else {
 #pragma unroll
-            for (int j = 0; j < read_unroll; j++)
-                sum ^= fold(v[j]);
+            for (int j = 0; j < unroll; j++)
+                v[j] = data + j * threads < end ? load_once(data + j * threads) : make_uint4(0, 0, 0, 0);
         }
-        at = stop;
+#pragma unroll
+        for (int j = 0; j < unroll; j++)
+            sum ^= fold(v[j]);
     }
     if (sum == 0x9e3779b9u) // next to never: so that the loads are needed
         *sink = sum;
 }
+
+// Which of these is the fastest depends on the GPU and on how much there is to read: each point tries all.
+const read_way read_ways[] = {
+    {read_experts<512, 8>, 512, 8, 1},   {read_experts<512, 8>, 512, 8, 2}, {read_experts<512, 8>, 512, 8, 3},
+    {read_experts<512, 16>, 512, 16, 1}, {read_experts<256, 8>, 256, 8, 2}, {read_experts<256, 8>, 256, 8, 4},
+    {read_experts<256, 4>, 256, 4, 4},   {read_experts<256, 4>, 256, 4, 8}, {read_experts<512, 8>, 512, 8, 0},
+    {read_experts<256, 8>, 256, 8, 0},   {read_experts<256, 4>, 256, 4, 0},
+};
 
 __global__ void read_flat(const uint4 *data, uint64_t units, uint32_t *sink)
 {
@@ -171,11 +205,31 @@ moe_status fill(cuda_machine *m, void *to, moe_dtype dtype, uint64_t count, moe_
 
 // ---- What the ceilings run ----
 
+uint64_t chunks_of(const stack &from, const read_way &way)
+{
+    uint64_t chunk = (uint64_t)way.threads * way.unroll * sizeof(uint4);
+    return (from.stride + chunk - 1) / chunk;
+}
+
 moe_status run_read(void *machine, void *stream)
 {
     auto *m = static_cast<cuda_machine *>(machine);
-    read_segments<<<m->sms * read_blocks_per_sm, read_threads, 0, static_cast<cudaStream_t>(stream)>>>(
-        m->segments, m->segment_count, m->units, m->sink);
+    const bench_point *p = m->point;
+    const read_way &way = *m->way;
+    uint64_t matrix = (uint64_t)p->hidden * (uint64_t)p->intermediate * moe_dtype_size(p->dtype);
+    read_list list = {{static_cast<const char *>(p->w13), 2 * matrix, 0},
+                      {static_cast<const char *>(p->w2), matrix, 0}};
+    list.w13.chunks = (uint32_t)chunks_of(list.w13, way);
+    list.w2.chunks = (uint32_t)chunks_of(list.w2, way);
+    for (int32_t done = 0; done < p->touched; done += (int32_t)list.experts) {
+        int32_t left = p->touched - done;
+        list.experts = left < touched_per_launch ? left : touched_per_launch;
+        for (uint32_t i = 0; i < list.experts; i++)
+            list.ids[i] = (uint16_t)p->touched_ids[done + i];
+        uint32_t chunks = list.experts * (list.w13.chunks + list.w2.chunks);
+        uint32_t blocks = way.blocks_per_sm ? m->sms * way.blocks_per_sm : chunks;
+        way.kernel<<<blocks, way.threads, 0, static_cast<cudaStream_t>(stream)>>>(list, m->sink);
+    }
     return cudaGetLastError() == cudaSuccess ? MOE_OK : MOE_ERROR_DEVICE;
 }
 
@@ -292,35 +346,29 @@ moe_status cuda_dense(bench_machine *base, double *seconds, moe_error *err)
 
 // ---- A point ----
 
-// The touched experts' matrices, without the odd bytes before and after the 16-byte units.
-moe_status set_segments(cuda_machine *m, moe_error *err)
+// Leaves the fastest way to read this point's weights prepared.
+moe_status choose_read(cuda_machine *m, moe_error *err)
 {
-    const bench_point *p = m->point;
-    uint64_t matrix = (uint64_t)p->hidden * (uint64_t)p->intermediate * moe_dtype_size(p->dtype);
-    const struct {
-        const void *data;
-        uint64_t bytes;
-    } stacks[2] = {{p->w13, 2 * matrix}, {p->w2, matrix}};
-    auto *host = static_cast<segment *>(malloc(2 * (size_t)p->touched * sizeof(segment)));
-    if (!host)
-        return moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "no memory for %d segments", 2 * p->touched);
-    m->segment_count = 0;
-    m->units = 0;
-    for (const auto &stack : stacks) {
-        for (int32_t i = 0; i < p->touched; i++) {
-            uintptr_t begin = (uintptr_t)stack.data + (uint64_t)p->touched_ids[i] * stack.bytes;
-            uintptr_t aligned = (begin + 15) / 16 * 16;
-            segment s = {(const uint4 *)aligned, m->units, (begin + stack.bytes) / 16 - aligned / 16};
-            host[m->segment_count++] = s;
-            m->units += s.units;
+    const read_way *best = nullptr;
+    double least = 0;
+    moe_status status = MOE_OK;
+    for (const read_way &way : read_ways) {
+        m->way = &way;
+        status = cuda_prepare(&m->base, &m->read_call, err);
+        for (int trial = 0; status == MOE_OK && trial < read_trials; trial++) {
+            double seconds;
+            status = cuda_read(&m->base, &seconds, err);
+            if (status == MOE_OK && (!best || seconds < least)) {
+                best = &way;
+                least = seconds;
+            }
         }
+        cuda_release(&m->base, &m->read_call);
+        if (status != MOE_OK)
+            return status;
     }
-    cudaError_t error = cudaMemcpyAsync(m->segments, host, (size_t)m->segment_count * sizeof(segment),
-                                        cudaMemcpyHostToDevice, m->stream);
-    if (error == cudaSuccess)
-        error = cudaStreamSynchronize(m->stream);
-    free(host);
-    return checked(error, "the list of weights to read", err);
+    m->way = best;
+    return cuda_prepare(&m->base, &m->read_call, err);
 }
 
 moe_status set_dense(cuda_machine *m, moe_error *err)
@@ -342,6 +390,20 @@ moe_status set_dense(cuda_machine *m, moe_error *err)
     return fill(m, m->dense, p->dtype, inputs, err);
 }
 
+// A device too small for the operands leaves the point without this ceiling.
+moe_status choose_dense(cuda_machine *m, moe_error *err)
+{
+    moe_status status = set_dense(m, err);
+    m->base.dense_why = nullptr;
+    if (status == MOE_ERROR_DEVICE_MEMORY) {
+        snprintf(m->why, sizeof m->why, "%s", err->text);
+        m->base.dense_why = m->why;
+        *err = {};
+        return MOE_OK;
+    }
+    return status == MOE_OK ? cuda_prepare(&m->base, &m->dense_call, err) : status;
+}
+
 moe_status cuda_point(bench_machine *base, const bench_point *p, moe_error *err)
 {
     cuda_machine *m = self(base);
@@ -350,13 +412,9 @@ moe_status cuda_point(bench_machine *base, const bench_point *p, moe_error *err)
     cuda_release(base, &m->dense_call);
     moe_status status = checked(cudaSetDevice(m->device), "cudaSetDevice", err);
     if (status == MOE_OK)
-        status = set_segments(m, err);
-    if (status == MOE_OK)
-        status = cuda_prepare(base, &m->read_call, err);
+        status = choose_read(m, err);
     if (status == MOE_OK && m->cublas.handle)
-        status = set_dense(m, err);
-    if (status == MOE_OK && m->cublas.handle)
-        status = cuda_prepare(base, &m->dense_call, err);
+        status = choose_dense(m, err);
     if (status != MOE_OK && err->text[0] == 0)
         moe_fail(err, status, "the ceilings could not be measured at %lld tokens", (long long)p->tokens);
     return status;
@@ -404,7 +462,6 @@ void cuda_close(bench_machine *base)
         m->cublas.destroy(m->cublas.handle);
     cudaFree(m->flush);
     cudaFree(m->sink);
-    cudaFree(m->segments);
     cudaFree(m->blas_workspace);
     cudaFree(m->dense);
     if (m->begin)
@@ -432,7 +489,7 @@ extern "C" moe_status bench_cuda_open(int32_t device, bench_machine **machine, m
     m->base.time = cuda_time;
     m->base.release = cuda_release;
     m->base.close = cuda_close;
-    m->base.read_how = "plain read of the touched experts' weights";
+    m->base.read_how = "plain read of the touched experts' weights, the fastest of several loops";
     m->base.dense_how = "cuBLAS, two products of the same FLOPs";
     m->read_call.run = run_read;
     m->dense_call.run = run_dense;
@@ -453,8 +510,6 @@ extern "C" moe_status bench_cuda_open(int32_t device, bench_machine **machine, m
         error = cudaMemsetAsync(m->flush, 1, flush_bytes, m->stream);
     if (error == cudaSuccess)
         error = cudaMalloc(&m->sink, sizeof *m->sink);
-    if (error == cudaSuccess)
-        error = cudaMalloc(&m->segments, 2 * MOE_MAX_EXPERTS * sizeof(segment));
     if (error == cudaSuccess)
         error = cudaMalloc(&m->blas_workspace, blas_workspace_bytes);
     if (error == cudaSuccess && !find_blas(m)) {
