@@ -76,7 +76,7 @@ struct cuda_machine {
     size_t dense_bytes;
     bench_call read_call, dense_call;
     const bench_point *point;
-    char why[256];
+    moe_error why; // there is no dense ceiling
 };
 
 cuda_machine *self(bench_machine *m)
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(threads) read_experts(const __grid_constant__ 
         const uint4 *data = reinterpret_cast<const uint4 *>((matrix + 15) / 16 * 16 + begin) + threadIdx.x;
         const uint4 *end = reinterpret_cast<const uint4 *>((matrix + from.stride) / 16 * 16);
         uint4 v[unroll];
-        if (begin + chunk_bytes + 16 <= from.stride) {
+        if (data - threadIdx.x + threads * unroll <= end) {
 #pragma unroll
             for (int j = 0; j < unroll; j++)
                 v[j] = load_once(data + j * threads);
@@ -396,8 +396,8 @@ moe_status choose_dense(cuda_machine *m, moe_error *err)
     moe_status status = set_dense(m, err);
     m->base.dense_why = nullptr;
     if (status == MOE_ERROR_DEVICE_MEMORY) {
-        snprintf(m->why, sizeof m->why, "%s", err->text);
-        m->base.dense_why = m->why;
+        m->why = *err;
+        m->base.dense_why = m->why.text;
         *err = {};
         return MOE_OK;
     }
@@ -437,7 +437,7 @@ bool find_blas(cuda_machine *m)
         library = library ? library : dlopen(name, RTLD_NOW | RTLD_LOCAL);
     }
     if (!library) {
-        snprintf(m->why, sizeof m->why, "%s", dlerror());
+        snprintf(m->why.text, sizeof m->why.text, "%s", dlerror());
         return false;
     }
     blas *b = &m->cublas;
@@ -446,7 +446,7 @@ bool find_blas(cuda_machine *m)
         !find_symbol(library, "cublasSetStream_v2", &b->set_stream) ||
         !find_symbol(library, "cublasSetWorkspace_v2", &b->set_workspace) ||
         !find_symbol(library, "cublasGemmEx", &b->gemm) || b->create(&b->handle) != CUBLAS_STATUS_SUCCESS) {
-        snprintf(m->why, sizeof m->why, "cuBLAS is there but does not start");
+        snprintf(m->why.text, sizeof m->why.text, "cuBLAS is there but does not start");
         b->handle = nullptr;
         return false;
     }
@@ -514,7 +514,7 @@ extern "C" moe_status bench_cuda_open(int32_t device, bench_machine **machine, m
         error = cudaMalloc(&m->blas_workspace, blas_workspace_bytes);
     if (error == cudaSuccess && !find_blas(m)) {
         m->base.dense_how = nullptr;
-        m->base.dense_why = m->why;
+        m->base.dense_why = m->why.text;
     }
     moe_status status = checked(error, "setting up the probes", err);
     if (status != MOE_OK)
