@@ -7,10 +7,16 @@
 #ifndef MOE_CONFIG_CONVERT_H
 #define MOE_CONFIG_CONVERT_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 
 #include "moe.h"
+
+static inline bool moe_dtype_is_float(moe_dtype dtype)
+{
+    return dtype == MOE_BF16 || dtype == MOE_F16 || dtype == MOE_F32;
+}
 
 static inline uint32_t moe_f32_bits(float value)
 {

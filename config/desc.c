@@ -1,12 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include <stdbool.h>
-
 #include "config/config.h"
-
-static bool is_float(moe_dtype dtype)
-{
-    return dtype == MOE_BF16 || dtype == MOE_F16 || dtype == MOE_F32;
-}
+#include "config/convert.h"
 
 static moe_status bad(struct moe_error *err, const char *name, const char *field, int64_t value, const char *expected)
 {
@@ -31,17 +25,17 @@ moe_status moe_desc_check(const moe_layer_desc *desc, const char *name, struct m
                             (long long)sizes[i].value, (long long)sizes[i].high);
 
     const char *floats = "MOE_BF16, MOE_F16 or MOE_F32";
-    if (!is_float(desc->dtype))
+    if (!moe_dtype_is_float(desc->dtype))
         return bad(err, name, "dtype", desc->dtype, floats);
-    if (desc->gate_dtype != MOE_DTYPE_NONE && !is_float(desc->gate_dtype))
+    if (desc->gate_dtype != MOE_DTYPE_NONE && !moe_dtype_is_float(desc->gate_dtype))
         return bad(err, name, "gate_dtype", desc->gate_dtype, "MOE_DTYPE_NONE, MOE_BF16, MOE_F16 or MOE_F32");
     if (desc->scoring != MOE_SCORING_SOFTMAX)
         return bad(err, name, "scoring", desc->scoring, "MOE_SCORING_SOFTMAX");
     if (desc->renormalize != 0 && desc->renormalize != 1)
         return bad(err, name, "renormalize", desc->renormalize, "0 or 1");
-    if (!is_float(desc->logits_dtype))
+    if (!moe_dtype_is_float(desc->logits_dtype))
         return bad(err, name, "logits_dtype", desc->logits_dtype, floats);
-    if (!is_float(desc->topk_weight_dtype))
+    if (!moe_dtype_is_float(desc->topk_weight_dtype))
         return bad(err, name, "topk_weight_dtype", desc->topk_weight_dtype, floats);
     if (desc->activation != MOE_ACTIVATION_SILU)
         return bad(err, name, "activation", desc->activation, "MOE_ACTIVATION_SILU");

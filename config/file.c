@@ -3,6 +3,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -52,4 +55,18 @@ moe_status moe_file_read(int fd, const char *path, uint64_t offset, void *destin
         bytes -= (uint64_t)got;
     }
     return MOE_OK;
+}
+
+char *moe_file_join(const char *directory, const char *name)
+{
+    size_t length = strlen(directory), bytes = length + strlen(name) + 2;
+    char *path = malloc(bytes);
+    if (path)
+        snprintf(path, bytes, "%s%s%s", directory, length && directory[length - 1] == '/' ? "" : "/", name);
+    return path;
+}
+
+bool moe_file_name_plain(const char *name)
+{
+    return *name && strlen(name) <= NAME_MAX && !strchr(name, '/') && strcmp(name, ".") && strcmp(name, "..");
 }

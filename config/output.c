@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The bytes go to a file without a name where the file system has such (O_TMPFILE): then a process that is killed leaves
- * nothing. Elsewhere they go to .NAME.XXXXXX beside the path. Either way the name comes last, in one step.
+ * The bytes go to a file without a name where the file system has such (O_TMPFILE): then a process that is killed
+ * leaves nothing. Elsewhere they go to .NAME.XXXXXX beside the path. Either way the name comes last, in one step.
  */
 #include "config/output.h"
 

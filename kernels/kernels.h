@@ -58,7 +58,7 @@ struct moe_call {
     struct moe_gate_args gate; /* gate.x = x; its outputs feed plan.ids and plan.weights in a whole forward */
     struct moe_plan_args plan;
 
-    /* Workspace, carved by runtime/workspace.c; NULL where the path's needs (below) leave it out. */
+    /* Workspace, carved by runtime/workspace.c; NULL where the path has no need of it. */
     void *x;       /* [T, H] dtype: `input` itself if io_dtype == dtype, else converted by the entry step */
     void *rows;    /* [T * S, H] dtype: gathered input rows, in plan order */
     void *gate_up; /* [T * S, 2I] dtype (fp32 on the reference path): GEMM 1's result, gate columns then up columns */

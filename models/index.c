@@ -1,29 +1,35 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "models/index.h"
 
+#include <dirent.h>
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "config/file.h"
 #include "config/json.h"
+#include "models/safetensors.h"
 
 /* The largest released index (19k tensors) has 2 MB. */
 #define MAX_INDEX_BYTES (100u << 20)
 #define MAX_FILES       100000
-
-/* A name that joined to the directory cannot lead out of it. */
-static bool is_plain(const char *file)
-{
-    return *file && !strchr(file, '/') && strcmp(file, ".") && strcmp(file, "..") && strlen(file) <= 255;
-}
 
 static int compare_files(const void *a, const void *b)
 {
     return strcmp(*(const char *const *)a, *(const char *const *)b);
 }
 
-static int compare_entries(const void *a, const void *b)
+static int compare_tensors(const void *a, const void *b)
 {
     return strcmp(((const struct moe_index_entry *)a)->tensor, ((const struct moe_index_entry *)b)->tensor);
+}
+
+/* By tensor, then by file: what a scan finds twice is named in the order of the files. */
+static int compare_entries(const void *a, const void *b)
+{
+    const struct moe_index_entry *x = a, *y = b;
+    int order = compare_tensors(a, b);
+    return order ? order : (x->file > y->file) - (x->file < y->file);
 }
 
 static moe_status check_map(const cJSON *map, const char *name, struct moe_error *err)
@@ -35,7 +41,7 @@ static moe_status check_map(const cJSON *map, const char *name, struct moe_error
     if (!map->child)
         return moe_fail(err, MOE_ERROR_FILE, "%s: 'weight_map' is empty, expected at least one tensor", name);
     for (const cJSON *item = map->child; item; item = item->next)
-        if (!cJSON_IsString(item) || !is_plain(item->valuestring))
+        if (!cJSON_IsString(item) || !moe_file_name_plain(item->valuestring))
             return moe_fail(err, MOE_ERROR_FILE,
                             "%s: 'weight_map' gives tensor '%.200s' the file %s, expected a plain file name", name,
                             item->string, moe_json_show(item, value, sizeof value));
@@ -126,6 +132,77 @@ moe_status moe_index_load(const char *path, struct moe_index *index, struct moe_
     return status;
 }
 
+/* Adds "tensor": "file" for each tensor of the file. */
+static moe_status add_file(const char *directory, const char *name, cJSON *map, struct moe_error *err)
+{
+    struct moe_st_file *file;
+    char *path = moe_file_join(directory, name);
+    if (!path)
+        return moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "%s: out of memory", directory);
+    moe_status status = moe_st_open(path, &file, err);
+    for (size_t i = 0; status == MOE_OK && i < moe_st_count(file); i++)
+        if (!cJSON_AddStringToObject(map, moe_st_at(file, i)->name, name))
+            status = moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "%s: out of memory for its tensors", path);
+    moe_st_close(file);
+    free(path);
+    return status;
+}
+
+/* model-00001-of-00019.safetensors and the like; hidden states that lie beside the shards have other names. */
+static bool is_shard(const char *name)
+{
+    static const char prefix[] = "model", suffix[] = ".safetensors";
+    size_t length = strlen(name);
+    return length >= sizeof prefix + sizeof suffix - 2 && !strncmp(name, prefix, sizeof prefix - 1) &&
+           !strcmp(name + length + 1 - sizeof suffix, suffix);
+}
+
+static moe_status add_files(const char *directory, cJSON *map, struct moe_error *err)
+{
+    DIR *entries = opendir(directory);
+    if (!entries)
+        return moe_fail(err, MOE_ERROR_FILE, "%s: cannot read the directory: %s", directory, strerror(errno));
+    moe_status status = MOE_OK;
+    for (const struct dirent *entry; status == MOE_OK && (entry = readdir(entries));)
+        if (is_shard(entry->d_name))
+            status = add_file(directory, entry->d_name, map, err);
+    closedir(entries);
+    return status;
+}
+
+static moe_status check_twice(const struct moe_index *index, const char *directory, struct moe_error *err)
+{
+    for (size_t i = 1; i < index->count; i++) {
+        const struct moe_index_entry *a = &index->entries[i - 1], *b = &index->entries[i];
+        if (!strcmp(a->tensor, b->tensor))
+            return moe_fail(err, MOE_ERROR_FILE, "%s: tensor '%.200s' is in '%s' and in '%s', expected one of them",
+                            directory, a->tensor, index->files[a->file], index->files[b->file]);
+    }
+    return MOE_OK;
+}
+
+moe_status moe_index_scan(const char *directory, struct moe_index *index, struct moe_error *err)
+{
+    memset(index, 0, sizeof *index);
+    cJSON *map = cJSON_CreateObject();
+    if (!map)
+        return moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "%s: out of memory", directory);
+    moe_status status = add_files(directory, map, err);
+    if (status == MOE_OK && !map->child)
+        status = moe_fail(err, MOE_ERROR_FILE,
+                          "%s: has no model.safetensors, no model.safetensors.index.json and no other "
+                          "model*.safetensors with a tensor",
+                          directory);
+    if (status == MOE_OK)
+        status = build(map, directory, index, err);
+    if (status == MOE_OK)
+        status = check_twice(index, directory, err);
+    cJSON_Delete(map);
+    if (status != MOE_OK)
+        moe_index_free(index);
+    return status;
+}
+
 void moe_index_free(struct moe_index *index)
 {
     free(index->entries);
@@ -138,6 +215,6 @@ int32_t moe_index_find(const struct moe_index *index, const char *tensor)
 {
     const struct moe_index_entry wanted = {.tensor = tensor}, *found = NULL;
     if (index->count)
-        found = bsearch(&wanted, index->entries, index->count, sizeof wanted, compare_entries);
+        found = bsearch(&wanted, index->entries, index->count, sizeof wanted, compare_tensors);
     return found ? found->file : -1;
 }

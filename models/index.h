@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* model.safetensors.index.json: which shard holds which tensor. */
+/* Which shard holds which tensor: model.safetensors.index.json, or what stands for it. */
 #ifndef MOE_MODELS_INDEX_H
 #define MOE_MODELS_INDEX_H
 
@@ -23,6 +23,9 @@ struct moe_index {
 moe_status moe_index_parse(const char *text, size_t length, const char *name, struct moe_index *index,
                            struct moe_error *err);
 moe_status moe_index_load(const char *path, struct moe_index *index, struct moe_error *err);
+/* The same for a directory that has no index, as after the download of single shards: from the headers of all the
+ * model*.safetensors files that are in it. A tensor in two of them is an error. */
+moe_status moe_index_scan(const char *directory, struct moe_index *index, struct moe_error *err);
 void moe_index_free(struct moe_index *index);
 
 /* The file that holds a tensor; -1 for a tensor that the index does not name. */

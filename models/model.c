@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "config/convert.h"
 #include "config/file.h"
 #include "models/index.h"
 #include "models/names.h"
@@ -30,15 +31,6 @@ struct moe_model {
 
 /* ---- Opening ---- */
 
-static char *join(const char *directory, const char *name)
-{
-    size_t length = strlen(directory), bytes = length + strlen(name) + 2;
-    char *path = malloc(bytes);
-    if (path)
-        snprintf(path, bytes, "%s%s%s", directory, length && directory[length - 1] == '/' ? "" : "/", name);
-    return path;
-}
-
 static moe_status out_of_memory(const char *directory, struct moe_error *err)
 {
     return moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "%s: out of memory", directory);
@@ -57,7 +49,7 @@ static moe_status check_directory(const char *directory, struct moe_error *err)
 
 static moe_status load_config(struct moe_model *model, struct moe_error *err)
 {
-    char *path = join(model->directory, "config.json");
+    char *path = moe_file_join(model->directory, "config.json");
     if (!path)
         return out_of_memory(model->directory, err);
     moe_status status = moe_config_load(path, &model->config, err);
@@ -84,16 +76,16 @@ static moe_status add_shards(struct moe_model *model, int32_t count, struct moe_
         return out_of_memory(model->directory, err);
     moe_status status = MOE_OK;
     for (int32_t i = 0; i < count && status == MOE_OK; i++)
-        status =
-            add_shard(model, join(model->directory, model->sharded ? model->index.files[i] : "model.safetensors"), err);
+        status = add_shard(
+            model, moe_file_join(model->directory, model->sharded ? model->index.files[i] : "model.safetensors"), err);
     return status;
 }
 
 static moe_status find_files(struct moe_model *model, struct moe_error *err)
 {
     struct stat st;
-    char *single = join(model->directory, "model.safetensors");
-    char *index = join(model->directory, "model.safetensors.index.json");
+    char *single = moe_file_join(model->directory, "model.safetensors");
+    char *index = moe_file_join(model->directory, "model.safetensors.index.json");
     moe_status status = MOE_OK;
     if (!single || !index) {
         status = out_of_memory(model->directory, err);
@@ -101,14 +93,12 @@ static moe_status find_files(struct moe_model *model, struct moe_error *err)
         status = add_shards(model, 1, err);
         if (status == MOE_OK)
             status = moe_st_open(single, &model->shards[0].file, err);
-    } else if (stat(index, &st) == 0) {
+    } else {
         model->sharded = true;
-        status = moe_index_load(index, &model->index, err);
+        status = stat(index, &st) == 0 ? moe_index_load(index, &model->index, err)
+                                       : moe_index_scan(model->directory, &model->index, err);
         if (status == MOE_OK)
             status = add_shards(model, model->index.file_count, err);
-    } else {
-        status = moe_fail(err, MOE_ERROR_FILE, "%s: has neither model.safetensors nor model.safetensors.index.json",
-                          model->directory);
     }
     free(single);
     free(index);
@@ -283,27 +273,17 @@ static moe_status find_form(struct gather *g, struct moe_error *err)
     return MOE_OK;
 }
 
-static void show_shape(const int64_t *shape, int32_t rank, char *buffer, size_t bytes)
-{
-    size_t used = (size_t)snprintf(buffer, bytes, "[");
-    for (int32_t i = 0; i < rank && used < bytes; i++)
-        used += (size_t)snprintf(buffer + used, bytes - used, i ? ", %lld" : "%lld", (long long)shape[i]);
-    if (used < bytes)
-        snprintf(buffer + used, bytes - used, "]");
-}
-
 static moe_status check_tensor(const struct gather *g, const char *path, const struct moe_st_tensor *tensor,
                                int32_t rank, const int64_t *shape, struct moe_error *err)
 {
-    if (tensor->type != MOE_BF16 && tensor->type != MOE_F16 && tensor->type != MOE_F32)
+    if (!moe_dtype_is_float(tensor->type))
         return moe_fail(err, MOE_ERROR_FILE, "%s: layer %d: tensor '%s' is %s, expected BF16, F16 or F32", path,
                         (int)g->layer, tensor->name, tensor->dtype);
     if (tensor->rank != rank || memcmp(tensor->shape, shape, (size_t)rank * sizeof *shape)) {
-        char found[MOE_ST_MAX_RANK * 18 + 3], expected[64];
-        show_shape(tensor->shape, tensor->rank, found, sizeof found);
-        show_shape(shape, rank, expected, sizeof expected);
+        char found[MOE_ST_SHAPE_TEXT], expected[MOE_ST_SHAPE_TEXT];
         return moe_fail(err, MOE_ERROR_FILE, "%s: layer %d: tensor '%s' has shape %s, expected %s by config.json", path,
-                        (int)g->layer, tensor->name, found, expected);
+                        (int)g->layer, tensor->name, moe_st_show_shape(tensor->rank, tensor->shape, found),
+                        moe_st_show_shape(rank, shape, expected));
     }
     return MOE_OK;
 }

@@ -8,9 +8,10 @@
 
 struct moe_model;
 
-/* Opens config.json and either model.safetensors (which wins, as in transformers) or model.safetensors.index.json with
- * the shards that it names. A shard is opened and checked when moe_model_layer first needs it, and may be missing until
- * then: a layer that lies wholly in the shards at hand loads. */
+/* Opens config.json and either model.safetensors (which wins, as in transformers), or model.safetensors.index.json with
+ * the shards that it names, or without both whatever model*.safetensors files there are. A shard is opened and checked
+ * when moe_model_layer first needs it, and may be missing until then: a layer that lies wholly in the shards at hand
+ * loads. */
 moe_status moe_model_open(const char *directory, struct moe_model **model, struct moe_error *err);
 void moe_model_close(struct moe_model *model);
 const struct moe_config *moe_model_config(const struct moe_model *model);

@@ -388,6 +388,16 @@ const struct moe_st_tensor *moe_st_find(const struct moe_st_file *file, const ch
     return found ? *found : NULL;
 }
 
+const char *moe_st_show_shape(int32_t rank, const int64_t *shape, char buffer[MOE_ST_SHAPE_TEXT])
+{
+    char *at = buffer;
+    *at++ = '[';
+    for (int32_t i = 0; i < rank; i++)
+        at += sprintf(at, i ? ", %lld" : "%lld", (long long)shape[i]);
+    strcpy(at, "]");
+    return buffer;
+}
+
 const void *moe_st_data(const struct moe_st_file *file, const struct moe_st_tensor *tensor)
 {
     return file->bytes + tensor->offset;

@@ -11,6 +11,7 @@
 
 #define MOE_ST_MAX_HEADER 100000000u
 #define MOE_ST_MAX_RANK   16
+#define MOE_ST_SHAPE_TEXT (MOE_ST_MAX_RANK * 22 + 3) /* bytes that show the longest shape */
 
 struct moe_st_file;
 
@@ -39,6 +40,8 @@ size_t moe_st_count(const struct moe_st_file *file);
 const struct moe_st_tensor *moe_st_at(const struct moe_st_file *file, size_t i); /* in data order */
 /* By binary search; NULL if there is none. */
 const struct moe_st_tensor *moe_st_find(const struct moe_st_file *file, const char *name);
+/* Writes a shape for messages, "[8, 4096]"; returns buffer. */
+const char *moe_st_show_shape(int32_t rank, const int64_t *shape, char buffer[MOE_ST_SHAPE_TEXT]);
 const void *moe_st_data(const struct moe_st_file *file, const struct moe_st_tensor *tensor);
 
 /* ---- Writer: the file appears whole under its name, or not at all. ---- */
@@ -62,6 +65,9 @@ moe_status moe_st_writer_open(const char *path, const struct moe_st_write_tensor
                               struct moe_st_writer **writer, struct moe_error *err);
 moe_status moe_st_writer_data(struct moe_st_writer *writer, const void *data, size_t bytes, struct moe_error *err);
 moe_status moe_st_writer_commit(struct moe_st_writer *writer, struct moe_error *err); /* frees, also on failure */
-void moe_st_writer_abort(struct moe_st_writer *writer);                               /* accepts NULL */
+/* Appends the data of all the tensors, then commits. Frees, also on failure. */
+moe_status moe_st_writer_finish(struct moe_st_writer *writer, const struct moe_st_write_tensor *tensors, size_t count,
+                                struct moe_error *err);
+void moe_st_writer_abort(struct moe_st_writer *writer); /* accepts NULL */
 
 #endif

@@ -159,23 +159,29 @@ void moe_st_writer_abort(struct moe_st_writer *writer)
     free_writer(writer);
 }
 
+moe_status moe_st_writer_finish(struct moe_st_writer *writer, const struct moe_st_write_tensor *tensors, size_t count,
+                                struct moe_error *err)
+{
+    moe_status status = MOE_OK;
+    for (size_t i = 0; i < count && status == MOE_OK; i++) {
+        uint64_t bytes = 0;
+        moe_st_shape_bytes(moe_st_dtype_by_type(tensors[i].dtype), tensors[i].rank, tensors[i].shape, &bytes);
+        if (bytes && !tensors[i].data)
+            status = moe_fail(err, MOE_ERROR_INVALID_ARGUMENT, "%s: tensor '%.200s' has no data", writer->path,
+                              tensors[i].name);
+        else
+            status = moe_st_writer_data(writer, tensors[i].data, (size_t)bytes, err);
+    }
+    if (status == MOE_OK)
+        return moe_st_writer_commit(writer, err);
+    moe_st_writer_abort(writer);
+    return status;
+}
+
 moe_status moe_st_write(const char *path, const struct moe_st_write_tensor *tensors, size_t count,
                         struct moe_error *err)
 {
     struct moe_st_writer *writer;
     moe_status status = moe_st_writer_open(path, tensors, count, &writer, err);
-    for (size_t i = 0; i < count && status == MOE_OK; i++) {
-        uint64_t bytes = 0;
-        moe_st_shape_bytes(moe_st_dtype_by_type(tensors[i].dtype), tensors[i].rank, tensors[i].shape, &bytes);
-        if (bytes && !tensors[i].data)
-            status =
-                moe_fail(err, MOE_ERROR_INVALID_ARGUMENT, "%s: tensor '%.200s' has no data", path, tensors[i].name);
-        else
-            status = moe_st_writer_data(writer, tensors[i].data, (size_t)bytes, err);
-    }
-    if (status != MOE_OK) {
-        moe_st_writer_abort(writer);
-        return status;
-    }
-    return moe_st_writer_commit(writer, err);
+    return status == MOE_OK ? moe_st_writer_finish(writer, tensors, count, err) : status;
 }

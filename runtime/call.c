@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* From what the caller gave to what the steps read: every check that a forward needs is here, before anything runs. */
+#include "config/convert.h"
 #include "runtime/internal.h"
 
 bool moe_rows_ok(int64_t tokens, int32_t slots, struct moe_error *err)
@@ -53,17 +54,12 @@ void moe_call_shape(struct moe_call *call, const moe_layer *layer, int64_t token
     };
 }
 
-static bool is_io_dtype(moe_dtype dtype)
-{
-    return dtype == MOE_BF16 || dtype == MOE_F16 || dtype == MOE_F32;
-}
-
 static moe_status check_batch(const moe_layer *layer, const moe_batch *batch, unsigned stages, int32_t slots,
                               struct moe_error *err)
 {
     if (!moe_rows_ok(batch->tokens, slots, err))
         return MOE_ERROR_INVALID_ARGUMENT;
-    if (!is_io_dtype(batch->dtype))
+    if (!moe_dtype_is_float(batch->dtype))
         return moe_fail(err, MOE_ERROR_INVALID_ARGUMENT, "moe_batch.dtype is %d, expected MOE_BF16, MOE_F16 or MOE_F32",
                         (int)batch->dtype);
     if (batch->max_sms < 0)

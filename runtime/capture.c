@@ -15,6 +15,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "config/convert.h"
+#include "config/file.h"
 #include "runtime/session.h"
 
 struct moe_capture {
@@ -82,7 +84,7 @@ static int64_t next_file(const struct moe_session_index *index)
 /* Counts the batches and cuts off what a writer that died left of a line. */
 static moe_status resume(moe_capture *capture, uint64_t size, struct moe_error *err)
 {
-    char *path = moe_session_path(capture->directory, MOE_SESSION_FILE);
+    char *path = moe_file_join(capture->directory, MOE_SESSION_FILE);
     if (path == NULL)
         return MOE_ERROR_OUT_OF_MEMORY;
     struct moe_session_index index;
@@ -212,7 +214,7 @@ static moe_status check_record(const moe_record *r, struct moe_error *err)
                         "moe_record.phase is '%.40s', expected 1 to 32 characters of a-z, 0-9, '_' and '-'", r->phase);
     if (!(r->time >= 0 && r->time <= MOE_SESSION_MAX_TIME))
         return moe_fail(err, MOE_ERROR_INVALID_ARGUMENT, "moe_record.time is %g, expected seconds since 1970", r->time);
-    if (r->dtype != MOE_BF16 && r->dtype != MOE_F16 && r->dtype != MOE_F32)
+    if (!moe_dtype_is_float(r->dtype))
         return moe_fail(err, MOE_ERROR_INVALID_ARGUMENT, "moe_record.dtype is %d, expected bf16, f16 or f32",
                         (int)r->dtype);
 
@@ -258,7 +260,7 @@ static moe_status write_batch(const moe_capture *capture, const char *file, cons
     if (r->output != NULL)
         tensors[count++] = tensor("output", r->dtype, r->tokens, r->hidden_size, r->output);
 
-    char *path = moe_session_path(capture->directory, file);
+    char *path = moe_file_join(capture->directory, file);
     if (path == NULL)
         return MOE_ERROR_OUT_OF_MEMORY;
     moe_status status = moe_st_write(path, tensors, count, err);

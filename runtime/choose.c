@@ -34,6 +34,11 @@ static moe_status available(const moe_context *ctx, const struct moe_path_info *
     return MOE_OK;
 }
 
+static moe_status no_such_path(moe_path path, struct moe_error *why)
+{
+    return moe_fail(why, MOE_ERROR_INVALID_ARGUMENT, "path %d does not exist", (int)path);
+}
+
 static void say(char *reason, size_t bytes, const char *text)
 {
     if (reason != NULL && bytes > 0)
@@ -45,12 +50,17 @@ moe_status moe_path_available(const moe_context *ctx, moe_path path, const moe_l
 {
     struct moe_error why = {{0}};
     const struct moe_path_info *info = moe_path_info_get(path);
-    say(reason, reason_bytes, "");
-    if (ctx == NULL || info == NULL)
-        return moe_context_report((moe_context *)ctx, MOE_ERROR_INVALID_ARGUMENT, NULL);
-    moe_status status = available(ctx, info, desc, &why);
+    moe_status status = MOE_OK;
+    if (ctx == NULL)
+        status = moe_fail(&why, MOE_ERROR_INVALID_ARGUMENT, "the context is NULL");
+    else if (desc != NULL && !moe_struct_ok(desc, sizeof *desc, "moe_layer_desc", &why))
+        status = MOE_ERROR_INVALID_ARGUMENT;
+    else if (info != NULL)
+        status = available(ctx, info, desc, &why);
+    else if (path != MOE_PATH_AUTO) /* auto: each device has a path that takes every shape */
+        status = no_such_path(path, &why);
     say(reason, reason_bytes, why.text);
-    return status;
+    return status == MOE_ERROR_INVALID_ARGUMENT ? moe_context_report((moe_context *)ctx, status, &why) : status;
 }
 
 moe_status moe_choose(const moe_layer *layer, moe_path wanted, int64_t tokens, const struct moe_path_info **info,
@@ -61,7 +71,7 @@ moe_status moe_choose(const moe_layer *layer, moe_path wanted, int64_t tokens, c
     moe_path path = wanted != MOE_PATH_AUTO ? wanted : cuda ? MOE_PATH_SIMPLE : MOE_PATH_CPU;
     *info = moe_path_info_get(path);
     if (*info == NULL)
-        return moe_fail(why, MOE_ERROR_INVALID_ARGUMENT, "path %d does not exist", (int)wanted);
+        return no_such_path(wanted, why);
     moe_status status = available(layer->ctx, *info, &layer->desc, why);
     if (status != MOE_OK)
         return status;

@@ -92,7 +92,11 @@ moe_status moe_struct_out(void *given, const void *filled, size_t known, const c
 static moe_status open_cuda(moe_context *ctx, int32_t index, struct moe_error *err)
 {
     struct moe_cuda_facts facts;
+    int32_t previous;
+    bool capturing;
     moe_status status = moe_cuda_open(index, &facts, err);
+    if (status == MOE_OK)
+        status = moe_cuda_enter(index, NULL, &previous, &capturing, err);
     if (status != MOE_OK)
         return status;
     ctx->info.device = ctx->exec.device = MOE_DEVICE_CUDA;
@@ -105,11 +109,6 @@ static moe_status open_cuda(moe_context *ctx, int32_t index, struct moe_error *e
 
     /* Without cuBLAS only the paths that call it are missing. */
     struct moe_error why = {{0}};
-    int32_t previous;
-    bool capturing;
-    status = moe_cuda_enter(index, NULL, &previous, &capturing, err);
-    if (status != MOE_OK)
-        return status;
     if (moe_cublas_create(&ctx->exec.cublas, &why) != MOE_OK)
         snprintf(ctx->cublas_why, sizeof ctx->cublas_why, "%.250s", why.text);
     moe_cuda_leave(previous);
@@ -127,7 +126,7 @@ static void cpu_name(char *name, size_t bytes)
         const char *colon = strchr(line, ':');
         if (strncmp(line, "model name", 10) == 0 && colon != NULL) {
             line[strcspn(line, "\n")] = 0;
-            snprintf(name, bytes, "%s", colon + 2);
+            snprintf(name, bytes, "%s", colon + 1 + strspn(colon + 1, " "));
             break;
         }
     }
@@ -153,6 +152,10 @@ static moe_status open_device(moe_context *ctx, const moe_context_options *optio
         status = open_cuda(ctx, options->device_index, err);
         if (status != MOE_OK && options->device == MOE_DEVICE_CUDA)
             return status;
+        /* No GPU is the usual case; one that fails is worth a warning. */
+        if (status != MOE_OK)
+            moe_context_log(ctx, status == MOE_ERROR_NO_DEVICE ? MOE_LOG_INFO : MOE_LOG_WARNING, "using the CPU: %s",
+                            err->text);
     }
     int32_t threads = options->threads;
     if (status == MOE_OK && threads == 0) {
@@ -211,9 +214,9 @@ void moe_context_destroy(moe_context *ctx)
 
 moe_status moe_context_device(const moe_context *ctx, moe_device_info *info)
 {
-    if (ctx == NULL)
-        return MOE_ERROR_INVALID_ARGUMENT;
     struct moe_error err = {{0}};
+    if (ctx == NULL)
+        return moe_context_report(NULL, MOE_ERROR_INVALID_ARGUMENT, NULL);
     moe_status status = moe_struct_out(info, &ctx->info, sizeof ctx->info, "moe_device_info", &err);
     return moe_context_report((moe_context *)ctx, status, &err);
 }

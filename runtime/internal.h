@@ -75,7 +75,7 @@ enum moe_need { MOE_NEED_ROWS = 1, MOE_NEED_GATE_UP = 2, MOE_NEED_ACT = 4, MOE_N
 struct moe_path_info {
     moe_path path;
     moe_device device;
-    bool synchronises;   /* reads counts on the host: cannot be captured */
+    bool synchronises; /* reads counts on the host: cannot be captured */
     unsigned needs;
     moe_dtype gate_up_dtype, act_dtype, down_dtype; /* MOE_DTYPE_NONE: the layer's */
     size_t (*scratch)(const struct moe_call *call); /* NULL: none; looks at shapes only */

@@ -69,9 +69,10 @@ moe_status moe_layer_load(moe_checkpoint *checkpoint, int32_t index, const moe_l
         return moe_context_report(ctx, status, &err);
     const moe_layer_desc *config = &moe_model_config(checkpoint->model)->layer;
     if (config->dtype != MOE_DTYPE_NONE && config->dtype != source.desc.dtype)
-        moe_context_log(ctx, MOE_LOG_WARNING, "layer %d: config.json says %s, but the tensors are %s: running in %s",
-                        (int)index, moe_dtype_name(config->dtype), moe_dtype_name(source.desc.dtype),
-                        moe_dtype_name(source.desc.dtype));
+        moe_context_log(ctx, MOE_LOG_WARNING,
+                        "%s: config.json says %s, but the tensors of layer %d are %s: running in %s",
+                        moe_model_directory(checkpoint->model), moe_dtype_name(config->dtype), (int)index,
+                        moe_dtype_name(source.desc.dtype), moe_dtype_name(source.desc.dtype));
 
     moe_layer *layer = NULL;
     status = new_layer(ctx, &source.desc, &layer);

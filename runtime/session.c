@@ -2,7 +2,6 @@
 /* Reading captured batches. */
 #include "runtime/session.h"
 
-#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -16,22 +15,6 @@ bool moe_session_phase_ok(const char *phase)
 {
     size_t length = strspn(phase, "abcdefghijklmnopqrstuvwxyz0123456789_-");
     return length >= 1 && length <= MOE_SESSION_MAX_PHASE && phase[length] == 0;
-}
-
-char *moe_session_path(const char *directory, const char *file)
-{
-    size_t bytes = strlen(directory) + 1 + strlen(file) + 1;
-    char *path = malloc(bytes);
-    if (path != NULL)
-        snprintf(path, bytes, "%s/%s", directory, file);
-    return path;
-}
-
-/* A session must not lead to files elsewhere. */
-static bool file_name_ok(const char *file)
-{
-    return file[0] != 0 && strlen(file) <= NAME_MAX && strchr(file, '/') == NULL && strcmp(file, ".") != 0 &&
-           strcmp(file, "..") != 0;
 }
 
 static moe_status bad_field(const char *name, const cJSON *root, const char *key, const char *expected,
@@ -68,7 +51,7 @@ static moe_status take_fields(const cJSON *root, const char *name, int64_t numbe
     snprintf(line->phase, sizeof line->phase, "%s", phase->valuestring);
 
     const cJSON *file = moe_json_get(root, "file");
-    if (!cJSON_IsString(file) || !file_name_ok(file->valuestring))
+    if (!cJSON_IsString(file) || !moe_file_name_plain(file->valuestring))
         return bad_field(name, root, "file", "the name of a file in the session's directory", err);
     line->file = strdup(file->valuestring);
     if (line->file == NULL)
@@ -184,19 +167,15 @@ struct want {
 static moe_status bad_shape(const char *path, const struct moe_st_tensor *tensor, int64_t tokens,
                             const struct want *want, struct moe_error *err)
 {
-    char shape[MOE_ST_MAX_RANK * 22 + 3] = "[", columns[48];
-    size_t used = 1;
-    for (int32_t i = 0; i < tensor->rank; i++)
-        used += (size_t)snprintf(shape + used, sizeof shape - used, "%s%lld", i > 0 ? ", " : "",
-                                 (long long)tensor->shape[i]);
+    char shape[MOE_ST_SHAPE_TEXT], columns[48];
     if (want->low == want->high)
         snprintf(columns, sizeof columns, "%lld", (long long)want->low);
     else if (want->high == INT64_MAX)
         snprintf(columns, sizeof columns, "%lld or more", (long long)want->low);
     else
         snprintf(columns, sizeof columns, "%lld to %lld", (long long)want->low, (long long)want->high);
-    return moe_fail(err, MOE_ERROR_FILE, "%s: tensor '%s' has shape %s], expected [%lld, %s]", path, want->name, shape,
-                    (long long)tokens, columns);
+    return moe_fail(err, MOE_ERROR_FILE, "%s: tensor '%s' has shape %s, expected [%lld, %s]", path, want->name,
+                    moe_st_show_shape(tensor->rank, tensor->shape, shape), (long long)tokens, columns);
 }
 
 /* *tensor is NULL if it is optional and not there. */
@@ -321,7 +300,7 @@ static moe_status read_batch(struct moe_session *session, const struct moe_st_fi
 
 static moe_status load_index(moe_session *session, struct moe_error *err)
 {
-    char *path = moe_session_path(session->directory, MOE_SESSION_FILE);
+    char *path = moe_file_join(session->directory, MOE_SESSION_FILE);
     if (path == NULL)
         return MOE_ERROR_OUT_OF_MEMORY;
     int fd;
@@ -390,7 +369,7 @@ moe_status moe_session_read(moe_session *session, int64_t index, moe_record *out
     record.tokens = line->tokens;
     record.time = line->time;
 
-    char *path = moe_session_path(session->directory, line->file);
+    char *path = moe_file_join(session->directory, line->file);
     if (path == NULL)
         return moe_context_report(session->ctx, MOE_ERROR_OUT_OF_MEMORY, NULL);
     struct moe_st_file *file = NULL;

@@ -38,7 +38,4 @@ void moe_session_index_free(struct moe_session_index *index);
 /* 1 to 32 characters of a-z, 0-9, '_' and '-'. */
 bool moe_session_phase_ok(const char *phase);
 
-/* "directory/file", for free(); NULL without memory. */
-char *moe_session_path(const char *directory, const char *file);
-
 #endif

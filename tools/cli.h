@@ -137,6 +137,8 @@ void cli_progress_end(struct cli_progress *progress);
 /* ---- Output ---- */
 
 double cli_now(void); /* seconds on a clock that only goes forward */
+/* Sorts the values, count >= 1, and returns their median. */
+double cli_median(double *values, size_t count);
 /* "2.82 GB", decimal units; returns buffer */
 const char *cli_show_bytes(double bytes, char *buffer, size_t size);
 /* "61.2 ms"; returns buffer */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* moe bench: times the layer on every path over token counts, against ceilings measured in between. */
+/* moe bench: times the layer on every path over token counts, against ceilings measured in between; or its loading. */
 #include <ctype.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,7 +15,7 @@ struct bench {
     double seconds;
     int routing;
     moe_dtype dtype;
-    bool stages, json, csv;
+    bool stages, load, json, csv;
     struct cli_target target;
 
     int64_t counts[MAX_POINTS]; /* of --tokens, rising */
@@ -132,9 +132,23 @@ static int check_options(const struct bench *b)
         return cli_fail(CLI_EXIT_USAGE, "bench: --json and --csv exclude each other");
     if (b->model && (b->routing != BENCH_UNIFORM || b->dtype != MOE_DTYPE_NONE))
         return cli_fail(CLI_EXIT_USAGE, "bench: --routing and --dtype are the checkpoint's own with --model");
-    if (!b->model && b->layer_index >= 0)
-        return cli_fail(CLI_EXIT_USAGE, "bench: --layer needs --model");
+    if (!b->model && (b->layer_index >= 0 || b->load))
+        return cli_fail(CLI_EXIT_USAGE, "bench: --%s needs --model", b->load ? "load" : "layer");
+    if (b->load && (b->tokens || b->paths || b->stages || b->seconds > 0 || b->csv))
+        return cli_fail(CLI_EXIT_USAGE, "bench: --tokens, --paths, --stages, --seconds and --csv are not for --load");
     return CLI_GO;
+}
+
+static void set_defaults(struct bench *b)
+{
+    if (!b->tokens)
+        b->tokens = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192,16384";
+    if (!b->paths)
+        b->paths = "all";
+    if (b->reps == 0)
+        b->reps = b->load ? 5 : 20;
+    if (b->seconds == 0)
+        b->seconds = 5;
 }
 
 static int parse_options(struct bench *b, int argc, char **argv)
@@ -174,6 +188,7 @@ static int parse_options(struct bench *b, int argc, char **argv)
          .value = &b->paths,
          .argument = "LIST",
          .help = "paths by name, or all (default)"},
+        {.name = "load", .kind = CLI_FLAG, .value = &b->load, .help = "time loading the layer of --model instead"},
         {.name = "stages", .kind = CLI_FLAG, .value = &b->stages, .help = "also time the router and the experts alone"},
         {.name = "routing",
          .kind = CLI_CHOICE,
@@ -198,7 +213,7 @@ static int parse_options(struct bench *b, int argc, char **argv)
          .kind = CLI_INTEGER,
          .value = &b->reps,
          .argument = "N",
-         .help = "samples of each path and point (default 20)",
+         .help = "samples of each path and point (default 20), or loads (default 5)",
          .low = 1,
          .high = 100000},
         {.name = "seconds",
@@ -215,6 +230,7 @@ static int parse_options(struct bench *b, int argc, char **argv)
         .examples = "  moe bench\n"
                     "  moe bench --like qwen3-30b-a3b --tokens 1,16,256 --device cpu\n"
                     "  moe bench --model Mixtral-8x7B-v0.1 --layer 3 --paths simple,cublas-loop --json\n"
+                    "  moe bench --load --model Mixtral-8x7B-v0.1\n"
                     "  moe bench --shape 4096,1536,64,6 --routing zipf --csv\n",
         .notes = "Shapes: mixtral-8x7b, phi3.5-moe, dsv3-ep4, gpt-oss, qwen2-moe-a2.7b, qwen3-30b-a3b, olmoe.\n"
                  "\n"
@@ -222,15 +238,17 @@ static int parse_options(struct bench *b, int argc, char **argv)
                  "implementation has to move: the weights of the experts that got tokens, and the hidden states in\n"
                  "and out. The floor is the longer of reading that and of a dense product of the same FLOPs. A path\n"
                  "that would take over 10 s at a point is skipped.\n"
-                 "On a GPU a sample is a CUDA graph; paths that wait for the host are launched as they are.\n"};
+                 "On a GPU a sample is a CUDA graph; paths that wait for the host are launched as they are.\n"
+                 "\n"
+                 "--load times loading a layer, and in turns with it a plain read: a loop of pread over the same\n"
+                 "bytes by one thread, into fresh memory like the layer's; for a GPU, into a host buffer of 16 MiB\n"
+                 "and copied from there. All is read once before, so that both find it in the page cache.\n"};
     b->layer_index = -1;
-    b->reps = 20;
-    b->seconds = 5;
-    b->tokens = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192,16384";
-    b->paths = "all";
     int code = cli_parse(&usage, options, argc, argv);
     if (code == CLI_GO)
         code = check_options(b);
+    if (code == CLI_GO)
+        set_defaults(b);
     if (code == CLI_GO)
         code = parse_paths(b);
     return code == CLI_GO ? parse_tokens(b) : code;
@@ -246,19 +264,26 @@ static int settle(const struct bench *b, moe_status status, const struct moe_err
     return err && err->text[0] ? cli_fail_error(status, err) : cli_fail_status(b->ctx, status);
 }
 
+/* Opens the checkpoint, and settles which layer it is. */
+static int open_model(struct bench *b, moe_checkpoint **checkpoint, moe_layer_desc *desc)
+{
+    int code = cli_checkpoint(b->ctx, b->model, &b->layer_index, checkpoint, desc);
+    snprintf(b->title, sizeof b->title, "%s layer %lld", b->model, (long long)b->layer_index);
+    return code;
+}
+
 static int load_model(struct bench *b)
 {
     moe_checkpoint *checkpoint = NULL;
     moe_layer *layer = NULL;
     moe_layer_desc desc;
     double seconds;
-    int code = cli_checkpoint(b->ctx, b->model, &b->layer_index, &checkpoint, &desc);
+    int code = open_model(b, &checkpoint, &desc);
     if (code == CLI_GO)
         code = cli_load(b->ctx, checkpoint, b->layer_index, &layer, &seconds);
     moe_checkpoint_close(checkpoint);
     if (code != CLI_GO)
         return code;
-    snprintf(b->title, sizeof b->title, "%s layer %lld", b->model, (long long)b->layer_index);
     return settle(b, bench_workload_adopt(&b->workload, b->ctx, layer), NULL);
 }
 
@@ -288,7 +313,7 @@ static int open_machine(struct bench *b)
     if (status != MOE_OK)
         return settle(b, status, NULL);
     status = info.device == MOE_DEVICE_CUDA ? bench_cuda_open(info.device_index, &b->machine, &err)
-                                            : bench_cpu_open(info.cores, &b->machine, &err);
+                                            : bench_cpu_open(b->ctx, &b->machine, &err);
     return settle(b, status, &err);
 }
 
@@ -329,6 +354,38 @@ static int set_up(struct bench *b)
     return b->report && b->meter ? add_paths(b) : cli_fail_memory();
 }
 
+/* What --load does. */
+static int time_loading(struct bench *b)
+{
+    moe_checkpoint *checkpoint = NULL;
+    moe_layer_desc desc;
+    struct bench_load result;
+    struct moe_error err = {{0}};
+    int code = cli_context(&b->target, false, &b->ctx);
+    if (code == CLI_GO)
+        code = open_model(b, &checkpoint, &desc);
+    if (code == CLI_GO)
+        code = settle(b, bench_load(&result, b->ctx, checkpoint, (int32_t)b->layer_index, b->reps, &err), &err);
+    moe_checkpoint_close(checkpoint);
+    return code == CLI_GO ? bench_report_load(b->json ? BENCH_JSON : BENCH_TABLE, &result, b->ctx, b->title, &desc)
+                          : code;
+}
+
+/* Every point, against the ceilings. */
+static int time_points(struct bench *b)
+{
+    int code = set_up(b);
+    for (int i = 0; code == CLI_GO && i < b->points; i++) {
+        struct moe_error err = {{0}};
+        code = settle(b, bench_meter_point(b->meter, b->counts[i], b->report, &err), &err);
+    }
+    if (b->report) {
+        int printed = bench_report_close(b->report, code == CLI_GO);
+        code = code == CLI_GO ? printed : code;
+    }
+    return code;
+}
+
 static void tear_down(struct bench *b)
 {
     bench_meter_close(b->meter);
@@ -345,15 +402,7 @@ int moe_cmd_bench(int argc, char **argv)
         return cli_fail_memory();
     int code = parse_options(b, argc, argv);
     if (code == CLI_GO)
-        code = set_up(b);
-    for (int i = 0; code == CLI_GO && i < b->points; i++) {
-        struct moe_error err = {{0}};
-        code = settle(b, bench_meter_point(b->meter, b->counts[i], b->report, &err), &err);
-    }
-    if (b->report) {
-        int printed = bench_report_close(b->report, code == CLI_GO);
-        code = code == CLI_GO ? printed : code;
-    }
+        code = b->load ? time_loading(b) : time_points(b);
     tear_down(b);
     free(b);
     return code;

@@ -39,13 +39,15 @@ struct forward {
     moe_checkpoint *checkpoint;
     moe_layer *layer;
     moe_capture *capture;
+    struct moe_st_writer *writer; /* of the output */
     moe_layer_desc desc;
     struct host_batch batch;
     struct runner runner;
     struct runner_result result;
     int32_t *given_ids; /* the batch's ids as I32, where they came as I64 */
     double load_seconds;
-    double *seconds; /* of each repeat, rising */
+    double *seconds; /* of each repeat; rising once the median is known */
+    double median;
 };
 
 static int parse(int argc, char **argv, struct forward_options *o)
@@ -119,12 +121,6 @@ static int parse(int argc, char **argv, struct forward_options *o)
     return CLI_GO;
 }
 
-static int compare_doubles(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 static int run_layer(struct forward *f)
 {
     moe_status status = runner_init(&f->runner, f->ctx, f->layer, f->o.target.path);
@@ -142,7 +138,7 @@ static int run_layer(struct forward *f)
         status = runner_fetch(&f->runner, &f->result);
     if (status != MOE_OK)
         return cli_fail_status(f->ctx, status);
-    qsort(f->seconds, (size_t)f->o.repeat, sizeof f->seconds[0], compare_doubles);
+    f->median = cli_median(f->seconds, (size_t)f->o.repeat);
     return CLI_GO;
 }
 
@@ -191,21 +187,39 @@ static int append_capture(struct forward *f)
     return status == MOE_OK ? CLI_GO : cli_fail_status(f->ctx, status);
 }
 
-static int write_output(struct forward *f)
+enum { OUTPUT_TENSORS = 4 };
+
+/* What the output holds; before the layer has run, the shapes alone. Without a router's logits the last is left out. */
+static size_t output_tensors(const struct forward *f, struct moe_st_write_tensor tensors[OUTPUT_TENSORS])
 {
+    const struct runner_result *r = &f->result;
     int64_t tokens = f->batch.tokens, k = result_top_k(f);
-    struct moe_st_write_tensor tensors[4] = {
-        {"hidden_states", f->batch.dtype, 2, {tokens, f->batch.hidden}, f->result.output},
-        {"topk_ids", MOE_I32, 2, {tokens, k}, f->result.topk_ids},
-        {"topk_weights", MOE_F32, 2, {tokens, k}, f->result.topk_weights},
-        {"router_logits", MOE_F32, 2, {tokens, f->desc.num_experts}, f->result.router_logits},
-    };
+    tensors[0] = (struct moe_st_write_tensor){"hidden_states", f->batch.dtype, 2, {tokens, f->batch.hidden}, r->output};
+    tensors[1] = (struct moe_st_write_tensor){"topk_ids", MOE_I32, 2, {tokens, k}, r->topk_ids};
+    tensors[2] = (struct moe_st_write_tensor){"topk_weights", MOE_F32, 2, {tokens, k}, r->topk_weights};
+    tensors[3] =
+        (struct moe_st_write_tensor){"router_logits", MOE_F32, 2, {tokens, f->desc.num_experts}, r->router_logits};
+    return f->batch.topk_ids ? OUTPUT_TENSORS - 1 : OUTPUT_TENSORS;
+}
+
+static int open_output(struct forward *f)
+{
+    struct moe_st_write_tensor tensors[OUTPUT_TENSORS];
     struct moe_error err = {{0}};
-    moe_status status = moe_st_write(f->o.output, tensors, f->result.router_logits ? 4 : 3, &err);
+    moe_status status = moe_st_writer_open(f->o.output, tensors, output_tensors(f, tensors), &f->writer, &err);
     return status == MOE_OK ? CLI_GO : cli_fail_error(status, &err);
 }
 
-static void print_json(cJSON *root, const struct forward *f, double seconds, double weight_bytes)
+static int write_output(struct forward *f)
+{
+    struct moe_st_write_tensor tensors[OUTPUT_TENSORS];
+    struct moe_error err = {{0}};
+    moe_status status = moe_st_writer_finish(f->writer, tensors, output_tensors(f, tensors), &err);
+    f->writer = NULL;
+    return status == MOE_OK ? CLI_GO : cli_fail_error(status, &err);
+}
+
+static void print_json(cJSON *root, const struct forward *f, double weight_bytes)
 {
     cli_json_string(root, "model", f->o.model);
     cli_json_number(root, "layer", (double)f->o.layer);
@@ -219,7 +233,7 @@ static void print_json(cJSON *root, const struct forward *f, double seconds, dou
     cli_json_number(root, "tokens", (double)f->batch.tokens);
     cli_json_string(root, "dtype", moe_dtype_name(f->batch.dtype));
     cli_json_number(root, "repeat", (double)f->o.repeat);
-    cli_json_number(root, "seconds", seconds);
+    cli_json_number(root, "seconds", f->median);
     cli_json_number(root, "seconds_min", f->seconds[0]);
     cli_json_number(root, "weight_bytes", weight_bytes);
     if (f->o.output)
@@ -228,7 +242,7 @@ static void print_json(cJSON *root, const struct forward *f, double seconds, dou
         cli_json_string(root, "session", f->o.capture);
 }
 
-static void print_text(const struct forward *f, double seconds, double weight_bytes)
+static void print_text(const struct forward *f, double weight_bytes)
 {
     char a[256], b[32], c[32];
     double loaded = (double)cli_layer_bytes(&f->desc);
@@ -238,11 +252,11 @@ static void print_text(const struct forward *f, double seconds, double weight_by
            cli_show_seconds(f->load_seconds, b, sizeof b), cli_show_bytes(loaded / f->load_seconds, c, sizeof c));
     printf("path     %s: %s\n", moe_path_name(f->runner.path), f->runner.reason);
     printf("ran      %lld token%s in %s", (long long)f->batch.tokens, f->batch.tokens == 1 ? "" : "s",
-           cli_show_seconds(seconds, a, sizeof a));
+           cli_show_seconds(f->median, a, sizeof a));
     if (f->o.repeat > 1)
         printf(", the median of %lld", (long long)f->o.repeat);
     printf("; read %s of weights, %s/s\n", cli_show_bytes(weight_bytes, b, sizeof b),
-           cli_show_bytes(weight_bytes / seconds, c, sizeof c));
+           cli_show_bytes(weight_bytes / f->median, c, sizeof c));
     if (f->o.output)
         printf("output   %s\n", f->o.output);
     if (f->o.capture)
@@ -251,15 +265,14 @@ static void print_text(const struct forward *f, double seconds, double weight_by
 
 static int report(const struct forward *f)
 {
-    double seconds = f->seconds[f->o.repeat / 2];
     double bytes = (double)runner_weight_bytes(&f->desc, f->result.topk_ids, MOE_I32, f->batch.tokens * result_top_k(f),
                                                f->runner.routes);
     if (!f->o.json) {
-        print_text(f, seconds, bytes);
+        print_text(f, bytes);
         return CLI_EXIT_OK;
     }
     cJSON *root = cli_json_object(NULL, NULL);
-    print_json(root, f, seconds, bytes);
+    print_json(root, f, bytes);
     return cli_json_print(root);
 }
 
@@ -281,6 +294,10 @@ static int forward(struct forward *f)
     status = host_batch_read(f->o.input, f->desc.hidden_size, f->o.routing == ROUTING_GIVEN, &f->batch, &err);
     if (status != MOE_OK)
         return cli_fail_error(status, &err);
+    if (f->o.output)
+        code = open_output(f);
+    if (code != CLI_GO)
+        return code;
     if (f->o.capture)
         status = moe_capture_open(f->ctx, f->o.capture, &f->capture);
     if (status != MOE_OK)
@@ -305,6 +322,7 @@ int moe_cmd_forward(int argc, char **argv)
     if (code == CLI_GO)
         code = forward(&f);
     moe_capture_close(f.capture);
+    moe_st_writer_abort(f.writer);
     runner_free(&f.runner);
     host_batch_free(&f.batch);
     free(f.given_ids);

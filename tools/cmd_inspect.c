@@ -3,7 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "config/config.h"
+#include "runtime/internal.h"
 #include "tools/cli.h"
 #include "tools/machine.h"
 
@@ -27,7 +27,6 @@ struct inspect {
     struct machine machine;
     moe_checkpoint *checkpoint;
     moe_checkpoint_info info;
-    struct moe_config config;
     unsigned char *states; /* enum layer_state of each layer */
     char why_broken[1024]; /* of the first broken layer */
     moe_layer_desc desc;
@@ -57,12 +56,13 @@ static int parse(int argc, char **argv, struct inspect *s)
 /* Looks at every layer. */
 static int survey(struct inspect *s)
 {
+    const struct moe_config *config = moe_model_config(s->checkpoint->model);
     s->states = calloc((size_t)s->info.num_layers, 1);
     if (!s->states)
         return cli_fail_memory();
     for (int32_t i = 0; i < s->info.num_layers; i++) {
         moe_layer_desc desc = moe_layer_desc_init(MOE_DTYPE_NONE);
-        if (!moe_config_layer_is_sparse(&s->config, i)) {
+        if (!moe_config_layer_is_sparse(config, i)) {
             s->states[i] = LAYER_DENSE;
         } else if (moe_checkpoint_layer(s->checkpoint, i, &desc) != MOE_OK) {
             s->states[i] = LAYER_BROKEN;
@@ -98,7 +98,8 @@ static void print_text(const struct inspect *s)
     const moe_layer_desc *d = &s->desc;
     char a[512], b[64];
     printf("%-10s %s\n", "model", s->model);
-    printf("%-10s %s, %d layers\n", "type", s->info.model_type, s->info.num_layers);
+    printf("%-10s %s, %d layer%s\n", "type", s->info.model_type, s->info.num_layers,
+           s->info.num_layers == 1 ? "" : "s");
     printf("%-10s %d, %s\n", "files", s->info.num_files, cli_show_bytes((double)s->info.file_bytes, a, sizeof a));
     printf("%-10s whole: %s", "layers", show_layers(s, LAYER_WHOLE, a, sizeof a));
     printf("; dense: %s", show_layers(s, LAYER_DENSE, a, sizeof a));
@@ -164,15 +165,6 @@ static int print_json(const struct inspect *s)
     return cli_json_print(root);
 }
 
-static int read_config(struct inspect *s)
-{
-    char path[4096];
-    struct moe_error err = {{0}};
-    snprintf(path, sizeof path, "%s/config.json", s->model);
-    moe_status status = moe_config_load(path, &s->config, &err);
-    return status == MOE_OK ? CLI_GO : cli_fail_error(status, &err);
-}
-
 static int inspect(struct inspect *s)
 {
     int64_t asked = s->layer;
@@ -186,8 +178,6 @@ static int inspect(struct inspect *s)
         moe_status status = moe_checkpoint_open(ctx, s->model, &s->checkpoint);
         code = status == MOE_OK ? CLI_GO : cli_fail_status(ctx, status);
     }
-    if (code == CLI_GO)
-        code = read_config(s);
     if (code != CLI_GO)
         return code;
     s->info = moe_checkpoint_info_init();
@@ -213,7 +203,6 @@ int moe_cmd_inspect(int argc, char **argv)
     if (code == CLI_GO)
         code = inspect(&s);
     free(s.states);
-    moe_config_free(&s.config);
     moe_checkpoint_close(s.checkpoint);
     machine_close(&s.machine);
     return code;

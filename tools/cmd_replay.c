@@ -298,12 +298,6 @@ static int run_all(struct replay *r)
 
 /* ---- Reporting ---- */
 
-static int compare_doubles(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 static int sum_up(struct replay *r)
 {
     double *seconds = calloc((size_t)r->count + 1, sizeof *seconds);
@@ -320,8 +314,8 @@ static int sum_up(struct replay *r)
             phase->seconds += entry->seconds;
             phase->paths |= 1u << entry->path;
         }
-        qsort(seconds, (size_t)phase->batches, sizeof *seconds, compare_doubles);
-        phase->median = seconds[phase->batches / 2];
+        if (phase->batches > 0)
+            phase->median = cli_median(seconds, (size_t)phase->batches);
     }
     free(seconds);
     return CLI_GO;

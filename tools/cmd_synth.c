@@ -10,14 +10,15 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include "config/file.h"
 #include "config/json.h"
+#include "config/output.h"
 #include "kernels/cpu/pool.h"
 #include "models/names.h"
 #include "models/safetensors.h"
 #include "tools/cli.h"
 #include "tools/normal.h"
 #include "tools/synth_config.h"
-#include "tools/tensor_io.h"
 
 static const struct cli_usage usage = {
     .command = "synth",
@@ -407,14 +408,6 @@ static moe_status write_file(struct synth *s, const char *path, const struct moe
 
 /* ---- The checkpoint directory ---- */
 
-static char *join_path(const char *directory, const char *name)
-{
-    char *path = malloc(strlen(directory) + strlen(name) + 2);
-    if (path)
-        sprintf(path, "%s/%s", directory, name);
-    return path;
-}
-
 static const char *shard_name(const struct synth *s, size_t shard, char *buffer, size_t bytes)
 {
     if (s->shard_count == 1)
@@ -437,7 +430,7 @@ static bool is_checkpoint_file(const char *name)
 /* Removes the checkpoint that is there, config.json first: what is left halfway is no checkpoint. */
 static moe_status remove_checkpoint(const char *directory, DIR *entries, struct moe_error *err)
 {
-    char *config = join_path(directory, "config.json");
+    char *config = moe_file_join(directory, "config.json");
     if (!config)
         return moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "%s", moe_status_string(MOE_ERROR_OUT_OF_MEMORY));
     unlink(config);
@@ -445,7 +438,8 @@ static moe_status remove_checkpoint(const char *directory, DIR *entries, struct 
     rewinddir(entries);
     for (const struct dirent *entry; (entry = readdir(entries));) {
         if (is_checkpoint_file(entry->d_name) && unlinkat(dirfd(entries), entry->d_name, 0) != 0)
-            return moe_fail(err, MOE_ERROR_WRITE, "%s/%s: %s", directory, entry->d_name, strerror(errno));
+            return moe_fail(err, MOE_ERROR_WRITE, "%s/%s: cannot remove: %s", directory, entry->d_name,
+                            strerror(errno));
     }
     return MOE_OK;
 }
@@ -459,10 +453,10 @@ static int claim_directory(struct synth *s)
         return CLI_GO;
     }
     if (errno != EEXIST)
-        return cli_fail(CLI_EXIT_CANNOT, "%s: %s", directory, strerror(errno));
+        return cli_fail(CLI_EXIT_CANNOT, "%s: cannot make the directory: %s", directory, strerror(errno));
     DIR *entries = opendir(directory);
     if (!entries)
-        return cli_fail(CLI_EXIT_CANNOT, "%s: %s", directory, strerror(errno));
+        return cli_fail(CLI_EXIT_CANNOT, "%s: cannot open the directory: %s", directory, strerror(errno));
     bool empty = true;
     for (const struct dirent *entry; empty && (entry = readdir(entries));)
         empty = strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0;
@@ -493,9 +487,10 @@ static int check_space(const struct synth *s)
 
 static moe_status write_json(const char *directory, const char *name, const cJSON *json, struct moe_error *err)
 {
-    char *path = join_path(directory, name), *text = json ? cJSON_Print(json) : NULL;
-    moe_status status =
-        path && text ? text_write(path, text, err) : moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "%s", "out of host memory");
+    char *path = moe_file_join(directory, name), *text = json ? cJSON_Print(json) : NULL;
+    moe_status status = path && text
+                            ? moe_output_put(path, text, strlen(text), err)
+                            : moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "%s", moe_status_string(MOE_ERROR_OUT_OF_MEMORY));
     free(path);
     cJSON_free(text);
     return status;
@@ -524,7 +519,7 @@ static moe_status write_files(struct synth *s, struct moe_error *err)
     moe_status status = MOE_OK;
     for (size_t shard = 0; status == MOE_OK && shard < s->shard_count; shard++) {
         char name[64];
-        char *path = join_path(s->o.output, shard_name(s, shard, name, sizeof name));
+        char *path = moe_file_join(s->o.output, shard_name(s, shard, name, sizeof name));
         if (!path)
             return moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "%s", moe_status_string(MOE_ERROR_OUT_OF_MEMORY));
         size_t first = s->shards[shard];
@@ -546,7 +541,7 @@ static void remove_files(const struct synth *s)
         const char *file = i < s->files_written    ? shard_name(s, i, name, sizeof name)
                            : i == s->files_written ? "model.safetensors.index.json"
                                                    : "config.json";
-        char *path = join_path(s->o.output, file);
+        char *path = moe_file_join(s->o.output, file);
         if (path)
             unlink(path);
         free(path);

@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The moe command: finds the subcommand, runs it, and makes sure that what it printed has arrived. */
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "tools/cli.h"
 
@@ -75,8 +77,21 @@ static int dispatch(int argc, char **argv)
     return unknown(argv[1]);
 }
 
+/* Standard streams that the caller has closed: their numbers must not go to files that the command opens, which would
+ * then get what is printed. Open for reading only, so that printing fails as before. */
+static void hold_standard_streams(void)
+{
+    int fd;
+    do
+        fd = open("/dev/null", O_RDONLY);
+    while (fd >= 0 && fd <= STDERR_FILENO);
+    if (fd >= 0)
+        close(fd);
+}
+
 int main(int argc, char **argv)
 {
+    hold_standard_streams();
     /* A file size limit then makes write() fail, which is reported and cleaned up after like a full disk. */
     signal(SIGXFSZ, SIG_IGN);
     int code = dispatch(argc, argv);

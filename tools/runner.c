@@ -159,5 +159,5 @@ uint64_t runner_weight_bytes(const moe_layer_desc *desc, const void *ids, moe_dt
             distinct++;
         }
     }
-    return distinct * cli_expert_bytes(desc) + (routes ? cli_gate_bytes(desc) : 0);
+    return distinct * cli_expert_bytes(desc) + (routes && count > 0 ? cli_gate_bytes(desc) : 0);
 }

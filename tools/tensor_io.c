@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "config/convert.h"
 #include "config/file.h"
 #include "models/safetensors.h"
 
@@ -79,7 +80,7 @@ static moe_status read_batch(const struct moe_st_file *file, int64_t hidden, boo
     moe_status status = find_matrix(file, "hidden_states", -1, &x, err);
     if (status != MOE_OK)
         return status;
-    if (x->type != MOE_BF16 && x->type != MOE_F16 && x->type != MOE_F32)
+    if (!moe_dtype_is_float(x->type))
         return wrong_dtype(file, x, "BF16, F16 or F32", err);
     if (x->shape[1] != hidden)
         return moe_fail(err, MOE_ERROR_FILE,

@@ -233,8 +233,8 @@ static void run_panels(const struct run *run, const struct job *job, const struc
     }
 }
 
-/* The rows of a job's last piece that are in no panel. */
-static void run_dots(const struct run *run, const struct job *job, float *tile, int64_t ldc)
+/* The rows of a job's last piece that are in no panel. After the last weights of a job come those of `next`. */
+static void run_dots(const struct run *run, const struct job *job, const struct job *next, float *tile, int64_t ldc)
 {
     const int32_t piece = 2 * run->ops->lanes;
     const int64_t whole = job->tokens / piece * piece;
@@ -246,8 +246,11 @@ static void run_dots(const struct run *run, const struct job *job, float *tile, 
     for (int32_t part = 0; part < run->parts; part++) {
         struct moe_cpu_weights w = {job->weights + (size_t)(part * run->gemm->width) * run->weight_row_bytes,
                                     run->weight_row_bytes, run->gemm->w.dtype};
+        const char *after = next != NULL ? next->weights : w.data;
+        if (part + 1 < run->parts)
+            after = w.data + (size_t)run->gemm->width * run->weight_row_bytes;
         run->product->dot(tile + part * run->job_width * ldc + whole + panel, ldc, &w, job->width,
-                          job->packed + (whole + width) * run->units, count - panel, run->gemm->depth);
+                          job->packed + (whole + width) * run->units, count - panel, run->gemm->depth, after);
     }
 }
 
@@ -259,7 +262,7 @@ static void run_job(const struct run *run, const struct job *job, const struct j
 
     if (job->tokens > run->ops->dot_tokens)
         run_panels(run, job, next, block, tile, ldc);
-    run_dots(run, job, tile, ldc);
+    run_dots(run, job, next, tile, ldc);
     if (gemm->gated)
         run->ops->silu(out, gemm->out_dtype, gemm->width, tile, tile + run->job_width * ldc, ldc, job->width,
                        job->tokens);

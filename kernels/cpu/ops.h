@@ -25,7 +25,7 @@ enum {
     MOE_CPU_DEPTH = 512,                          /* units of a block of weights */
     MOE_CPU_STRIDE = MOE_CPU_DEPTH + MOE_CPU_PAD, /* from row to row of a block: off the powers of two, so that the
                                                      rows do not fight for the same cache sets */
-    MOE_CPU_DOT_UNITS = 6144,                     /* of all tokens in a block of dot(): 24 KiB */
+    MOE_CPU_DOT_REGION = 256 << 10,               /* bytes of weights: two of them and x fit in 1 MiB of L2 */
     MOE_CPU_BLOCK_ROWS = 12,                      /* the most rows of a block */
     MOE_CPU_LANES = 16,                           /* the most lanes of a vector */
 };
@@ -44,9 +44,11 @@ struct moe_cpu_ahead {
     size_t unit_bytes;
 };
 
+/* Units of a block of dot(). Up to four tokens are served by so many streams of weights that they come from the second
+ * level fast enough, and long blocks cost fewer sums; more tokens leave room for the weights in the first (32 KiB). */
 static inline int64_t moe_cpu_dot_units(int32_t tokens)
 {
-    return MOE_CPU_DOT_UNITS / tokens / MOE_CPU_PAD * MOE_CPU_PAD;
+    return (tokens <= 4 ? 8192 : 5120) / tokens / MOE_CPU_PAD * MOE_CPU_PAD;
 }
 
 struct moe_cpu_product {
@@ -63,9 +65,10 @@ struct moe_cpu_product {
     /* c[row][token] (+)= block . panel, for ops.block_rows rows and `width` tokens. */
     void (*tile)(float *c, int64_t ldc, const float *block, const float *panel, int32_t width, int64_t units, bool add,
                  const struct moe_cpu_ahead *ahead);
-    /* c[row][token] = w . x for `rows` weight rows and the `tokens` packed rows of x. */
+    /* c[row][token] = w . x for `rows` weight rows and the `tokens` packed rows of x; `next` is where the weights after
+     * these will be read, to be fetched. */
     void (*dot)(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x, int32_t tokens,
-                int64_t depth);
+                int64_t depth, const char *next);
 };
 
 struct moe_cpu_ops {

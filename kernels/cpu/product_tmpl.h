@@ -147,12 +147,20 @@ static void tile(float *c, int64_t ldc, const float *block, const float *panel, 
         tile_vectors(c, ldc, block, panel, units, add, ahead, 2);
 }
 
-/* One weight row of each of `rows` streams, `stride` bytes apart, by all tokens; the next rows are `ahead` bytes on.
- * Fetching them may go past the end of the weights: a prefetch does not fault. */
-INLINE void dot_block(float *c, int64_t ldc, const char *w, size_t stride, intptr_t ahead, const float *x,
+/* Fetches `bytes` from `next` on into the second-level cache. A prefetch does not fault: it may be past the weights. */
+INLINE void fetch(const char *next, const int bytes, const int every)
+{
+    for (int line = 0; line < bytes; line += every * 64)
+        __builtin_prefetch((const void *)((uintptr_t)next + (uintptr_t)line), 0, 2);
+}
+
+/* One weight row of each of `rows` streams, `stride` bytes apart, by all tokens. Meanwhile as many bytes as it reads
+ * are fetched from `next` on. */
+INLINE void dot_block(float *c, int64_t ldc, const char *w, size_t stride, const char *next, const float *x,
                       int64_t x_stride, int64_t depth, bool add, moe_dtype dtype, const int rows, const int tokens)
 {
     const size_t size = dtype == MOE_F32 ? 4 : 2;
+    const int every = tokens <= 4 ? 2 : 1; /* lines: with less to compute, the processor's own prefetcher keeps up */
     vf acc[32];
     int64_t k = 0;
 
@@ -162,9 +170,10 @@ INLINE void dot_block(float *c, int64_t ldc, const char *w, size_t stride, intpt
     /* Shift and mask make two vectors of a load, cheaper than widening half a vector twice. */
     for (; dtype == MOE_BF16 && k + 2 * STEP <= depth; k += 2 * STEP) {
         vf wv[8][2];
+        fetch(next, rows * 2 * STEP * 2, every);
+        next += rows * 2 * STEP * 2;
         for (int r = 0; r < rows; r++) {
             const char *from = w + (size_t)r * stride + (size_t)k * size;
-            __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)ahead), 0, 2);
             vf_load_pair(&wv[r][0], &wv[r][1], from);
         }
         for (int half = 0; half < 2; half++)
@@ -177,9 +186,10 @@ INLINE void dot_block(float *c, int64_t ldc, const char *w, size_t stride, intpt
 #endif
     for (; k + STEP <= depth; k += STEP) {
         vf wv[8];
+        fetch(next, rows * STEP * (int)size, every);
+        next += rows * STEP * (int)size;
         for (int r = 0; r < rows; r++) {
             const char *from = w + (size_t)r * stride + (size_t)k * size;
-            __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)ahead), 0, 2);
             wv[r] = units_load(from, dtype);
         }
         for (int t = 0; t < tokens; t++) {
@@ -203,12 +213,13 @@ INLINE void dot_block(float *c, int64_t ldc, const char *w, size_t stride, intpt
 }
 
 /*
- * The rows are read as DOT_ROWS streams, each of consecutive rows: what prefetchers like, and a vector of x serves all
- * of them. A depth for which the first-level cache would not hold the tokens is gone through in blocks. The next row of
- * each stream is fetched into the second level; the first has no room for it.
+ * The rows of a region are read as DOT_ROWS streams, each of consecutive rows: a vector of x serves all of them. The
+ * depth is gone through in blocks, so that the first-level cache holds the tokens beside the weights that pass. Blocks
+ * and streams are no order for prefetchers, so the weights come from the second level, into which the region after
+ * this one is fetched from its begin to its end.
  */
-INLINE void dot_rows(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x,
-                     int64_t depth, moe_dtype dtype, const int tokens)
+INLINE void dot_region(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x,
+                       int64_t depth, const char *next, moe_dtype dtype, const int tokens)
 {
     const int streams = DOT_ROWS(tokens);
     const int64_t span = rows / streams, whole = span * streams;
@@ -221,25 +232,36 @@ INLINE void dot_rows(float *c, int64_t ldc, const struct moe_cpu_weights *w, int
         const float *xk = x + k / PER_UNIT * tokens;
         const char *wk = w->data + (size_t)k * size;
 
-        for (int64_t r = 0; r < span; r++) {
-            intptr_t ahead =
-                r + 1 < span ? (intptr_t)w->row_bytes : (intptr_t)((size_t)block * size) - (intptr_t)(r * w->row_bytes);
-            dot_block(c + r * ldc, ldc * span, wk + (size_t)r * w->row_bytes, w->row_bytes * (size_t)span, ahead, xk,
+        for (int64_t r = 0; r < span; r++, next += (size_t)(streams * count) * size)
+            dot_block(c + r * ldc, ldc * span, wk + (size_t)r * w->row_bytes, w->row_bytes * (size_t)span, next, xk,
                       x_stride, count, k > 0, dtype, streams, tokens);
-        }
-        for (int64_t r = whole; r < rows; r++)
-            dot_block(c + r * ldc, ldc, wk + (size_t)r * w->row_bytes, 0, (intptr_t)w->row_bytes, xk, x_stride, count,
-                      k > 0, dtype, 1, tokens);
+        for (int64_t r = whole; r < rows; r++, next += (size_t)count * size)
+            dot_block(c + r * ldc, ldc, wk + (size_t)r * w->row_bytes, 0, next, xk, x_stride, count, k > 0, dtype, 1,
+                      tokens);
+    }
+}
+
+INLINE void dot_rows(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x,
+                     int64_t depth, const char *next, moe_dtype dtype, const int tokens)
+{
+    const int streams = DOT_ROWS(tokens);
+    const int64_t turns = (int64_t)(MOE_CPU_DOT_REGION / w->row_bytes) / streams;
+    const int64_t step = turns > 1 ? turns * streams : streams;
+
+    for (int64_t r = 0; r < rows; r += step) {
+        const struct moe_cpu_weights region = {w->data + (size_t)r * w->row_bytes, w->row_bytes, dtype};
+        dot_region(c + r * ldc, ldc, &region, rows - r < step ? rows - r : step, x, depth,
+                   r + step < rows ? region.data + (size_t)step * w->row_bytes : next, dtype, tokens);
     }
 }
 
 INLINE void dot_any(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x,
-                    int32_t tokens, int64_t depth, moe_dtype dtype)
+                    int32_t tokens, int64_t depth, const char *next, moe_dtype dtype)
 {
     switch (tokens) {
 #define CASE(n)                                                                                                        \
     case n:                                                                                                            \
-        dot_rows(c, ldc, w, rows, x, depth, dtype, n);                                                                 \
+        dot_rows(c, ldc, w, rows, x, depth, next, dtype, n);                                                           \
         break;
         CASE(1)
         CASE(2)
@@ -260,18 +282,18 @@ INLINE void dot_any(float *c, int64_t ldc, const struct moe_cpu_weights *w, int6
 }
 
 static void dot(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x, int32_t tokens,
-                int64_t depth)
+                int64_t depth, const char *next)
 {
     switch (w->dtype) {
     case MOE_BF16:
-        dot_any(c, ldc, w, rows, x, tokens, depth, MOE_BF16);
+        dot_any(c, ldc, w, rows, x, tokens, depth, next, MOE_BF16);
         break;
 #if PER_UNIT == 1
     case MOE_F16:
-        dot_any(c, ldc, w, rows, x, tokens, depth, MOE_F16);
+        dot_any(c, ldc, w, rows, x, tokens, depth, next, MOE_F16);
         break;
     default:
-        dot_any(c, ldc, w, rows, x, tokens, depth, MOE_F32);
+        dot_any(c, ldc, w, rows, x, tokens, depth, next, MOE_F32);
 #else
     default:
         break;

@@ -27,7 +27,8 @@
  * - moe_forward, moe_route and moe_experts_forward only enqueue on the caller's stream: they allocate
  *   nothing, do not wait for the device and do not read counts on the host, unless the path says so
  *   (see moe_path). On a CPU context they are done when they return.
- * - A context and a layer may be used from several threads at once; a workspace serves one call in flight.
+ * - A context, a checkpoint and a layer may be used from several threads at once; a workspace serves one
+ *   call in flight.
  * - Structs that cross the interface begin with their size, set by their *_init function, so that a caller
  *   compiled against an older header keeps working.
  */
@@ -99,7 +100,7 @@ MOE_API size_t moe_dtype_size(moe_dtype dtype);
 MOE_API const char *moe_dtype_name(moe_dtype dtype);
 
 typedef enum moe_device {
-    MOE_DEVICE_AUTO = 0, /* the first CUDA GPU that works, else the CPU */
+    MOE_DEVICE_AUTO = 0, /* the CUDA GPU that device_index names if it works, else the CPU */
     MOE_DEVICE_CPU = 1,
     MOE_DEVICE_CUDA = 2,
 } moe_device;
@@ -216,7 +217,8 @@ MOE_API moe_status moe_synchronize(moe_context *ctx, void *stream);
 
 /* ---- Checkpoint: a Hugging Face directory --------------------------------------------------------------- */
 
-/* directory holds config.json and model.safetensors, or model.safetensors.index.json and its shards. Reads and
+/* directory holds config.json and model.safetensors, or model.safetensors.index.json and its shards, or some shards
+ * (model*.safetensors) alone. Shards may be missing: a layer that is whole in those at hand can be loaded. Reads and
  * checks headers only. */
 MOE_API moe_status moe_checkpoint_open(moe_context *ctx, const char *directory, moe_checkpoint **checkpoint);
 MOE_API void moe_checkpoint_close(moe_checkpoint *checkpoint);
@@ -395,7 +397,8 @@ MOE_API moe_status moe_experts_forward(const moe_layer *layer, const moe_batch *
  * named path: that path, or MOE_ERROR_UNSUPPORTED and the reason why it cannot run here. */
 MOE_API moe_status moe_path_choose(const moe_layer *layer, moe_path wanted, int64_t tokens, moe_path *path,
                                    char *reason, size_t reason_bytes);
-/* The same question before there is a layer; desc NULL: on any shape. MOE_OK or MOE_ERROR_UNSUPPORTED. */
+/* Whether a path can run, before there is a layer; desc NULL: on any shape. MOE_OK, or MOE_ERROR_UNSUPPORTED and in
+ * `reason` (may be NULL) why not. MOE_PATH_AUTO can always run. */
 MOE_API moe_status moe_path_available(const moe_context *ctx, moe_path path, const moe_layer_desc *desc, char *reason,
                                       size_t reason_bytes);
 
@@ -432,13 +435,14 @@ static inline moe_record moe_record_init(void)
 }
 
 /* Opens a session directory for appending, made if it does not exist. One writer at a time: a second one gets
- * MOE_ERROR_WRITE. */
+ * MOE_ERROR_WRITE. A forked child shares the writer's lock: others can write once the capture is closed here and the
+ * child has ended or called exec. A capture serves one thread at a time. */
 MOE_API moe_status moe_capture_open(moe_context *ctx, const char *directory, moe_capture **capture);
 /* Appends one batch; all pointers are host memory. On failure the session is as before. */
 MOE_API moe_status moe_capture_append(moe_capture *capture, const moe_record *record);
 MOE_API void moe_capture_close(moe_capture *capture);
 
-/* Opens a session for reading. A last line that was cut short is left out. */
+/* Opens a session for reading. A last line that was cut short is left out. A session serves one thread at a time. */
 MOE_API moe_status moe_session_open(moe_context *ctx, const char *directory, moe_session **session);
 MOE_API void moe_session_close(moe_session *session);
 MOE_API int64_t moe_session_count(const moe_session *session);

@@ -62,6 +62,7 @@ void *__real_aligned_alloc(size_t alignment, size_t size);
 cpu_set_t *__real___sched_cpualloc(size_t count);
 FILE *__real_open_memstream(char **text, size_t *length);
 DIR *__real_fdopendir(int descriptor);
+DIR *__real_opendir(const char *path);
 void *__real_mmap(void *address, size_t length, int protection, int flags, int descriptor, off_t offset);
 int __real_munmap(void *address, size_t length);
 FILE *__real_fopen(const char *path, const char *mode);
@@ -77,6 +78,7 @@ char *__wrap_strdup(const char *text);
 cpu_set_t *__wrap___sched_cpualloc(size_t count);
 FILE *__wrap_open_memstream(char **text, size_t *length);
 DIR *__wrap_fdopendir(int descriptor);
+DIR *__wrap_opendir(const char *path);
 void *__wrap_mmap(void *address, size_t length, int protection, int flags, int descriptor, off_t offset);
 void *__wrap_mmap64(void *address, size_t length, int protection, int flags, int descriptor, off_t offset);
 int __wrap_munmap(void *address, size_t length);
@@ -148,6 +150,11 @@ FILE *__wrap_open_memstream(char **text, size_t *length)
 DIR *__wrap_fdopendir(int descriptor)
 {
     return refuse() ? NULL : __real_fdopendir(descriptor);
+}
+
+DIR *__wrap_opendir(const char *path)
+{
+    return refuse() ? NULL : __real_opendir(path);
 }
 
 /* Whole pages, which is what munmap gives back. */
@@ -518,6 +525,16 @@ static void all_requests_fail_from_one_on(void **state)
         ;
 }
 
+/* The same where the shards themselves say what they hold. */
+static void without_an_index(void **state)
+{
+    char path[128];
+    snprintf(path, sizeof path, "%s/model.safetensors.index.json", directory);
+    assert_int_equal(unlink(path), 0);
+    one_request_fails(state);
+    all_requests_fail_from_one_on(state);
+}
+
 /* The same on a session that holds a batch, which must survive. */
 static void an_older_batch_survives(void **state)
 {
@@ -570,6 +587,7 @@ int main(void)
         cmocka_unit_test(nothing_fails),
         cmocka_unit_test(one_request_fails),
         cmocka_unit_test(all_requests_fail_from_one_on),
+        cmocka_unit_test(without_an_index),
         cmocka_unit_test(an_older_batch_survives),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);

@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""example.py MOE EXAMPLE: the C example of the README runs a layer, and chooses the experts that `moe forward` chooses."""
+"""Checks that tools/examples/forward.c chooses the experts and gives the output that `moe forward` does.
+
+    example.py MOE EXAMPLE
+"""
 
 import os
 import re

@@ -363,6 +363,21 @@ def test_cannot():
     check(not os.path.exists("y"), "a failed run left an output")
 
 
+def test_closed_streams():
+    """A warning that cannot be shown must not end up in the output, whose descriptor could have the number 2."""
+    tiny()
+    with open("m/config.json") as f:
+        text = f.read()
+    with open("m/config.json", "w") as f:
+        f.write(text.replace("bfloat16", "float32"))
+    run = ["forward", "--model", "m", "--input", "x.safetensors", "--device", "cpu", "--output"]
+    check("config.json says f32" in moe(*run, "y")[1], "no warning of the other dtype")
+    subprocess.run(["sh", "-c", 'exec "$@" <&- 2>&-', "sh", args.moe, *run, "z"], stdout=subprocess.DEVNULL, check=True)
+    check(tensors.read("y") == tensors.read("z"), "with closed streams the output is another")
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", args.moe, "doctor"], stderr=subprocess.PIPE, text=True)
+    check(done.returncode == 3 and done.stderr.startswith("moe: standard output: "), f"closed stdout: {done}")
+
+
 def test_unwritable():
     """Missing and unwritable directories, devices as outputs, a full standard output."""
     tiny()
@@ -601,6 +616,12 @@ def test_partial_download():
     check("model-00002-of-00003.safetensors" in layers["why_incomplete"], f"{layers}")
     moe("inspect", "--model", "m", "--layer", layers["whole"][0])
     fails(4, "model-00002-of-00003.safetensors", "inspect", "--model", "m", "--layer", layers["incomplete"][0])
+    # The shards alone, without an index.
+    os.unlink("m/model.safetensors.index.json")
+    loose = report("inspect", "--model", "m")["layers"]
+    check(loose["whole"] == layers["whole"] and loose["incomplete"] == layers["incomplete"], f"{loose}")
+    moe("synth", "--model", "m", "--hidden-states", "x", "--tokens", 2)
+    moe("forward", "--model", "m", "--layer", layers["whole"][0], "--input", "x", "--output", "y")
 
 
 def test_json():
@@ -611,6 +632,32 @@ def test_json():
     names = [p["name"] for p in report("doctor")["paths"]]
     check(names == [p["name"] for p in report("inspect", "--model", "m")["paths"]] and "reference" in names, f"{names}")
     check(report("synth", "--like", "tiny-mixtral", "--output", "n")["files"] == 1, "synth --json")
+
+
+def test_bench_load():
+    """Loading is timed against a plain read of the same bytes: of the layer asked for, from all its shards."""
+    moe("synth", "--like", "tiny-mixtral", "--output", "m", "--layers", 2, "--shard-size", 100000)
+    load = ["bench", "--load", "--model", "m", "--device", "cpu"]
+    whole = report("inspect", "--model", "m", "--layer", 1)["layer"]["bytes"]
+    result = report(*load, "--layer", 1, "--reps", 3)
+    check(result["workload"] == "m layer 1" and result["layer"]["num_experts"] == 4, f"{result}")
+    check(result["bytes"] == whole, f"{result}")
+    plain, loaded = result["plain_read"], result["load"]
+    check(plain["samples"] == loaded["samples"] == 3, f"{result}")
+    share = plain["median_seconds"] / loaded["median_seconds"]
+    check(share > 0 and abs(result["share_of_plain_read"] / share - 1) < 1e-9, f"{result}")
+    rate = result["bytes"] / loaded["median_seconds"] / 1e9
+    check(abs(result["load_gb_per_s"] / rate - 1) < 1e-9, f"{result}")
+    out, err = moe(*load)
+    check(re.search(r"(?m)^plain read +\S+ \S+ +\S+\nload +\S+ \S+ +\S+ +\S+ % of a plain read$", out), out)
+    check(err == "", err)
+    fails(2, "--load needs --model", "bench", "--load")
+    fails(2, "--load needs --model", "bench", "--load", "--like", "olmoe")
+    for words in (["--tokens", 1], ["--paths", "cpu"], ["--stages"], ["--seconds", 1], ["--csv"]):
+        fails(2, "are not for --load", *load, *words)
+    fails(2, "--layer is 2, but m has layers 0 to 1", *load, "--layer", 2)
+    os.unlink("m/model-00002-of-00004.safetensors")
+    fails(4, "model-00002-of-00004.safetensors", *load)
 
 
 def main():

@@ -23,6 +23,9 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsi
 /* Noise in the bytes, from libFuzzer or from driver.c. */
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max_size);
 
+/* For seeds that are text: as much of it as there is room for; returns its size. */
+size_t fuzz_copy(const char *text, uint8_t *data, size_t max_size);
+
 /* Some inputs, chosen by their bytes, also go through a file: true for those, and the path of a file in memory that
  * holds the input until the next call. */
 bool fuzz_file(const uint8_t *data, size_t size, const char **path);

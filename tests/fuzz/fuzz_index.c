@@ -29,12 +29,7 @@ static const char *const keys[] = {"weight_map", "metadata", "a", "b", "\\u0061"
 
 size_t fuzz_seed(size_t i, uint8_t *data, size_t max_size)
 {
-    size_t size = i < sizeof seeds / sizeof *seeds ? strlen(seeds[i]) : 0;
-    if (size > max_size)
-        size = max_size;
-    if (size)
-        memcpy(data, seeds[i], size);
-    return size;
+    return i < sizeof seeds / sizeof *seeds ? fuzz_copy(seeds[i], data, max_size) : 0;
 }
 
 size_t fuzz_mutate(struct mutate *m, uint8_t *data, size_t size, size_t max_size)

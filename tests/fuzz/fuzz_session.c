@@ -35,12 +35,7 @@ static const char *const keys[] = {"index", "layer", "phase", "tokens", "time", 
 
 size_t fuzz_seed(size_t i, uint8_t *data, size_t max_size)
 {
-    size_t size = i < sizeof seeds / sizeof *seeds ? strlen(seeds[i]) : 0;
-    if (size > max_size)
-        size = max_size;
-    if (size)
-        memcpy(data, seeds[i], size);
-    return size;
+    return i < sizeof seeds / sizeof *seeds ? fuzz_copy(seeds[i], data, max_size) : 0;
 }
 
 /* Where the line of byte `at` begins; *end is behind its text. */

@@ -321,6 +321,15 @@ bool fuzz_file(const uint8_t *data, size_t size, const char **path)
     return true;
 }
 
+size_t fuzz_copy(const char *text, uint8_t *data, size_t max_size)
+{
+    size_t size = strlen(text);
+    if (size > max_size)
+        size = max_size;
+    memcpy(data, text, size);
+    return size;
+}
+
 void fuzz_failed(const char *condition, const char *file, int line)
 {
     fprintf(stderr, "%s:%d: %s does not hold\n", file, line, condition);

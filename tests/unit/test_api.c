@@ -326,8 +326,17 @@ static void names(void **state)
                      MOE_ERROR_UNSUPPORTED);
     assert_non_null(strstr(reason, "simple"));
     assert_int_equal(moe_path_available(f->ctx, MOE_PATH_CPU, NULL, reason, sizeof reason), MOE_OK);
-    assert_int_equal(moe_path_available(f->ctx, MOE_PATH_AUTO, NULL, reason, sizeof reason),
+    assert_int_equal(moe_path_available(f->ctx, MOE_PATH_AUTO, NULL, reason, sizeof reason), MOE_OK);
+    assert_string_equal(reason, "");
+    assert_int_equal(moe_path_available(f->ctx, MOE_PATH_COUNT, NULL, reason, sizeof reason),
                      MOE_ERROR_INVALID_ARGUMENT);
+    assert_string_equal(reason, "path 9 does not exist");
+    moe_layer_desc desc = moe_layer_desc_init(MOE_F32);
+    assert_int_equal(moe_path_available(f->ctx, MOE_PATH_CPU, &desc, reason, sizeof reason), MOE_OK);
+    desc.size = 8;
+    assert_int_equal(moe_path_available(f->ctx, MOE_PATH_CPU, &desc, reason, sizeof reason),
+                     MOE_ERROR_INVALID_ARGUMENT);
+    assert_non_null(strstr(reason, "moe_layer_desc.size is 8"));
 
     moe_device_info info = moe_device_info_init();
     assert_int_equal(moe_context_device(f->ctx, &info), MOE_OK);

@@ -228,6 +228,54 @@ static void shards(void **state)
     free_build(&b);
 }
 
+static void shards_without_an_index(void **state)
+{
+    (void)state;
+    struct build b = {.count = 0};
+    char path[512];
+    struct moe_error err = {""};
+    struct moe_layer_source source;
+    for (int32_t layer = 0; layer < 2; layer++)
+        add_layer(&b, MOE_NAMING_MIXTRAL, MOE_FORM_PER_EXPERT, layer);
+    size_t half = b.count / 2, more = half + 2;
+    write_config(files_path("loose"), "mixtral", "");
+    static const char *const others[] = {"model-notes.txt", "x.safetensors", "model", ".safetensors"};
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        snprintf(path, sizeof path, "%s/loose/%s", files_directory, others[i]);
+        files_write_at(path, "no shard", 8);
+    }
+
+    /* One shard with a whole layer and a bit. */
+    snprintf(path, sizeof path, "%s/loose/model-00001-of-00002.safetensors", files_directory);
+    write_tensors(path, &b, 0, more);
+    struct moe_model *model = open_model(files_path("loose"));
+    assert_int_equal(moe_model_file_count(model), 1);
+    check_layer(model, 0);
+    assert_int_equal(moe_model_layer(model, 1, &source, &err), MOE_ERROR_FILE);
+    assert_non_null(strstr(err.text, "/loose: layer 1: 3 of 3 experts are incomplete"));
+    moe_model_close(model);
+
+    snprintf(path, sizeof path, "%s/loose/model-00002-of-00002.safetensors", files_directory);
+    write_tensors(path, &b, more, b.count - more);
+    model = open_model(files_path("loose"));
+    assert_int_equal(moe_model_file_count(model), 2);
+    check_layer(model, 0);
+    check_layer(model, 1);
+    moe_model_close(model);
+
+    write_tensors(path, &b, half, b.count - half);
+    assert_int_equal(moe_model_open(files_path("loose"), &model, &err), MOE_ERROR_FILE);
+    assert_null(model);
+    if (!strstr(err.text, "/loose: tensor 'model.layers.1.block_sparse_moe.experts.2.w3.weight' is in "
+                          "'model-00001-of-00002.safetensors' and in 'model-00002-of-00002.safetensors'"))
+        fail_msg("'%s'", err.text);
+
+    files_write_at(path, "12345678", 8);
+    assert_int_equal(moe_model_open(files_path("loose"), &model, &err), MOE_ERROR_FILE);
+    assert_non_null(strstr(err.text, "/loose/model-00002-of-00002.safetensors: "));
+    free_build(&b);
+}
+
 static void refuses_what_is_no_checkpoint(void **state)
 {
     (void)state;
@@ -240,7 +288,8 @@ static void refuses_what_is_no_checkpoint(void **state)
         {"nowhere", "/nowhere: cannot open the checkpoint directory: No such file or directory"},
         {"plain", "/plain: is a file, expected the directory of a checkpoint"},
         {"bare", "/bare/config.json: cannot open: No such file or directory"},
-        {"weightless", "/weightless: has neither model.safetensors nor model.safetensors.index.json"},
+        {"weightless",
+         "/weightless: has no model.safetensors, no model.safetensors.index.json and no other model*.safetensors"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct moe_model *model = (void *)&cases;
@@ -335,6 +384,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(single_files),
         cmocka_unit_test(shards),
+        cmocka_unit_test(shards_without_an_index),
         cmocka_unit_test(refuses_what_is_no_checkpoint),
         cmocka_unit_test(refuses_layers),
         cmocka_unit_test(stacked_halves),

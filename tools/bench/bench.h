@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The parts of `moe bench`: a workload (a layer and its tokens), a machine (a clock, and the two ceilings that it
- * measures), the meter that brings both together at each token count, and the report.
+ * measures), the meter that brings both together at each token count, and the report. Loading is measured by itself.
  */
 #ifndef MOE_TOOLS_BENCH_BENCH_H
 #define MOE_TOOLS_BENCH_BENCH_H
@@ -34,11 +34,17 @@ struct bench_workload {
     moe_layer_desc desc;
     moe_layer_weights weights; /* where the layer's are, for the read ceiling */
     void *parts[3];            /* weights that the workload owns, on the device */
+    uint64_t part_bytes[3];
     int64_t max_tokens;
     void *hidden_states, *output; /* [max_tokens, hidden], the layer's dtype; on the device */
     int32_t *ids;                 /* [max_tokens, top_k], on the device */
     float *topk_weights;          /* [max_tokens, top_k], on the device */
 };
+
+/* Memory on the context's device of the kind that a loaded layer's weights are in. The text of a failure is the
+ * context's. Free with the same `bytes`; NULL is accepted. */
+moe_status bench_weights_alloc(moe_context *ctx, uint64_t bytes, void **pointer);
+void bench_weights_free(moe_context *ctx, void *pointer, uint64_t bytes);
 
 /* A layer of random weights on the context's device. The text of a failure is the context's; bench_workload_free cleans
  * up in any case. */
@@ -89,11 +95,11 @@ struct bench_machine {
     void (*release)(struct bench_machine *m, struct bench_call *call); /* what prepare made */
     void (*close)(struct bench_machine *m);
     const char *read_how;  /* what the ceilings are, for people */
-    const char *dense_how; /* NULL: there is none, `dense` is not to be called */
-    const char *dense_why; /* then why */
+    const char *dense_how; /* NULL: there is none */
+    const char *dense_why; /* why there is none, or `point` found none for its point; then `dense` must not be called */
 };
 
-moe_status bench_cpu_open(int32_t threads, struct bench_machine **machine, struct moe_error *err);
+moe_status bench_cpu_open(moe_context *ctx, struct bench_machine **machine, struct moe_error *err);
 moe_status bench_cuda_open(int32_t device, struct bench_machine **machine, struct moe_error *err);
 
 /* ---- Meter (measure.c): the samples of one point after another ---- */
@@ -140,5 +146,20 @@ void bench_report_point(struct bench_report *r, const struct bench_point *p, con
                         const struct bench_time *dense, const struct bench_result *results, int count);
 /* Writes what is left to write if the bench is whole, frees, and returns an exit code. */
 int bench_report_close(struct bench_report *r, bool whole);
+
+/* ---- Loading (load.c) ---- */
+
+struct bench_load {
+    uint64_t bytes; /* of the layer */
+    struct bench_time plain, load;
+};
+
+/* Loads the layer `reps` times, and as often reads its bytes plainly. A failure's text is in err, or if err stays
+ * empty, the context's. */
+moe_status bench_load(struct bench_load *result, moe_context *ctx, moe_checkpoint *checkpoint, int32_t layer,
+                      int64_t reps, struct moe_error *err);
+/* A table or JSON on stdout (report.c); returns an exit code. */
+int bench_report_load(enum bench_format format, const struct bench_load *result, const moe_context *ctx,
+                      const char *title, const moe_layer_desc *desc);
 
 #endif

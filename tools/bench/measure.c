@@ -252,7 +252,7 @@ static moe_status sample_round(struct bench_meter *m, double start, struct moe_e
 {
     struct bench_machine *machine = m->machine;
     moe_status status = MOE_OK;
-    if (machine->dense_how)
+    if (!machine->dense_why)
         status = machine->dense(machine, &m->dense[m->dense_count++], err);
     for (int i = 0; status == MOE_OK && i < m->count; i++) {
         bool run = !m->runs[i].done;

@@ -1,25 +1,26 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The CPU's two ceilings. Reading: all threads sum 64-bit words of a large private buffer, which also drives everything
- * else out of the caches. Multiplying: OpenBLAS sgemm, if it is on the machine. Both are rates, taken at a size where
- * they are at their best, and applied to a point's bytes and FLOPs.
+ * The CPU's two ceilings. Reading: all threads sum the 64-bit words of the weights that the point touches: of those
+ * weights themselves, because not all memory of a machine is equally fast to read. Multiplying: OpenBLAS sgemm, if it
+ * is on the machine; a rate, taken at a size where it is at its best, and applied to the point's FLOPs.
  */
 #include <dlfcn.h>
-#include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
+#include "kernels/cpu/pool.h"
+#include "runtime/load.h"
 #include "tools/bench/bench.h"
 #include "tools/cli.h"
 
-/* 1 GB lasts tens of milliseconds and is larger than any cache but the largest servers': those get 4 times their own.
- */
-static const size_t least_read_bytes = (size_t)1 << 30;
+/* What drives everything else out of the caches: larger than any but the largest servers', for which it is 4 times
+ * their own. */
+static const size_t least_flush_bytes = (size_t)1 << 30;
 
-enum { HUGE_PAGE = 2 << 20, FIRST_N = 1024, LAST_N = 8192 };
+enum { LINE_WORDS = 8, FIRST_N = 1024, LAST_N = 8192 };
 static const double least_dense_seconds = 0.03;
 /* OpenBLAS's idle threads spin before they sleep; what is timed next must not share the cores with them. */
 static const useconds_t dense_rest_us = 60000;
@@ -31,11 +32,10 @@ typedef void (*sgemm_fn)(int order, int trans_a, int trans_b, int m, int n, int 
 
 struct cpu_machine {
     struct bench_machine base;
-    int32_t threads;
-    uint64_t *words;
-    size_t bytes;
-    pthread_t *handles;
-    struct reader *readers;
+    struct moe_pool *pool; /* the context's */
+    void *flush;
+    size_t flush_bytes;
+    atomic_ullong sum; /* of all that was read: so that the loads are needed */
     void *blas;
     sgemm_fn sgemm;
     int n; /* of the n x n x n product */
@@ -44,45 +44,45 @@ struct cpu_machine {
     char why[256];
 };
 
-struct reader {
-    const uint64_t *words;
-    size_t count;
-    uint64_t sum;
-};
-
-static void *read_words(void *argument)
+/* Sums a thread's share of the whole cache lines in `bytes`. */
+static void read_share(struct cpu_machine *m, const void *data, uint64_t bytes, int32_t thread, int32_t threads)
 {
-    struct reader *r = argument;
-    uint64_t sums[8] = {0};
-    for (size_t i = 0; i < r->count; i += 8) {
-        for (int j = 0; j < 8; j++)
-            sums[j] += r->words[i + (size_t)j];
+    const uintptr_t line = LINE_WORDS * sizeof(uint64_t), begin = (uintptr_t)data, end = begin + bytes;
+    uint64_t first = (begin + line - 1) / line, lines = end / line > first ? end / line - first : 0;
+    uint64_t at = lines * (uint64_t)thread / (uint64_t)threads;
+    uint64_t stop = lines * (uint64_t)(thread + 1) / (uint64_t)threads;
+    const uint64_t *words = (const uint64_t *)(first * line) + at * LINE_WORDS;
+    uint64_t sums[LINE_WORDS] = {0};
+    for (; at < stop; at++, words += LINE_WORDS) {
+        for (int j = 0; j < LINE_WORDS; j++)
+            sums[j] += words[j];
     }
-    for (int j = 0; j < 8; j++)
-        r->sum += sums[j];
-    return NULL;
+    for (int j = 1; j < LINE_WORDS; j++)
+        sums[0] += sums[j];
+    atomic_fetch_add(&m->sum, sums[0]);
 }
 
-static void *write_words(void *argument)
+static uint64_t matrix_bytes(const struct bench_point *p)
 {
-    struct reader *r = argument;
-    for (size_t i = 0; i < r->count; i++)
-        ((uint64_t *)r->words)[i] = i * 0x9e3779b97f4a7c15u;
-    return NULL;
+    return (uint64_t)p->hidden * (uint64_t)p->intermediate * moe_dtype_size(p->dtype);
 }
 
-/* Runs fn on every thread's share of the buffer, the calling thread included. */
-static moe_status run_threads(struct cpu_machine *m, void *(*fn)(void *), struct moe_error *err)
+static void read_weights(void *argument, int32_t thread, int32_t threads)
 {
-    int32_t started = 1;
-    int error = 0;
-    for (; started < m->threads && error == 0; started++)
-        error = pthread_create(&m->handles[started], NULL, fn, &m->readers[started]);
-    started -= error != 0;
-    fn(&m->readers[0]);
-    for (int32_t t = 1; t < started; t++)
-        pthread_join(m->handles[t], NULL);
-    return error == 0 ? MOE_OK : moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "cannot start a thread: %s", strerror(error));
+    struct cpu_machine *m = argument;
+    const struct bench_point *p = m->point;
+    uint64_t matrix = matrix_bytes(p);
+    for (int32_t i = 0; i < p->touched; i++) {
+        uint64_t e = (uint64_t)p->touched_ids[i];
+        read_share(m, (const char *)p->w13 + e * 2 * matrix, 2 * matrix, thread, threads);
+        read_share(m, (const char *)p->w2 + e * matrix, matrix, thread, threads);
+    }
+}
+
+static void read_flush(void *argument, int32_t thread, int32_t threads)
+{
+    struct cpu_machine *m = argument;
+    read_share(m, m->flush, m->flush_bytes, thread, threads);
 }
 
 static moe_status cpu_point(struct bench_machine *base, const struct bench_point *p, struct moe_error *err)
@@ -94,12 +94,15 @@ static moe_status cpu_point(struct bench_machine *base, const struct bench_point
 
 static moe_status cpu_read(struct bench_machine *base, double *seconds, struct moe_error *err)
 {
+    (void)err;
     struct cpu_machine *m = (struct cpu_machine *)base;
+    moe_pool_run(m->pool, read_flush, m);
     double start = cli_now();
-    moe_status status = run_threads(m, read_words, err);
-    double rate = (double)m->bytes / (cli_now() - start);
+    moe_pool_run(m->pool, read_weights, m);
+    double rate = 3 * (double)matrix_bytes(m->point) * m->point->touched / (cli_now() - start);
     *seconds = (m->point->weight_bytes + m->point->activation_bytes) / rate;
-    return status;
+    moe_pool_run(m->pool, read_flush, m);
+    return MOE_OK;
 }
 
 /* Seconds of one n x n x n product. */
@@ -145,35 +148,22 @@ static void cpu_release(struct bench_machine *base, struct bench_call *call)
 static void cpu_close(struct bench_machine *base)
 {
     struct cpu_machine *m = (struct cpu_machine *)base;
-    if (m->words)
-        munmap(m->words, m->bytes);
+    moe_host_free(m->flush, m->flush_bytes);
     /* The BLAS stays loaded: its threads do not survive having their code unmapped. */
     free(m->a);
     free(m->b);
     free(m->c);
-    free(m->handles);
-    free(m->readers);
     free(m);
 }
 
-static moe_status make_buffer(struct cpu_machine *m, struct moe_error *err)
+static moe_status make_flush(struct cpu_machine *m, struct moe_error *err)
 {
-    long last_cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    size_t share = (size_t)m->threads * HUGE_PAGE; /* every thread's part is whole pages */
-    m->bytes = last_cache > 0 && (size_t)last_cache * 4 > least_read_bytes ? (size_t)last_cache * 4 : least_read_bytes;
-    m->bytes = (m->bytes + share - 1) / share * share;
-    m->readers = calloc((size_t)m->threads, sizeof *m->readers);
-    m->handles = calloc((size_t)m->threads, sizeof *m->handles);
-    void *memory = mmap(NULL, m->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory != MAP_FAILED)
-        m->words = memory;
-    if (!m->readers || !m->handles || !m->words)
-        return moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "no memory for a buffer of %zu bytes to read", m->bytes);
-    madvise(memory, m->bytes, MADV_HUGEPAGE); /* a hint: without it the rate is a little lower */
-    size_t count = m->bytes / sizeof *m->words / (size_t)m->threads;
-    for (int32_t t = 0; t < m->threads; t++)
-        m->readers[t] = (struct reader){.words = m->words + (size_t)t * count, .count = count};
-    return run_threads(m, write_words, err);
+    long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    m->flush_bytes = cache > 0 && (size_t)cache * 4 > least_flush_bytes ? (size_t)cache * 4 : least_flush_bytes;
+    if (moe_host_alloc(m->flush_bytes, &m->flush) != MOE_OK)
+        return moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "no memory for a buffer of %zu bytes to read", m->flush_bytes);
+    memset(m->flush, 1, m->flush_bytes); /* or all its pages would be the same one */
+    return MOE_OK;
 }
 
 /* False, with a reason in m->why, if there is no OpenBLAS here. */
@@ -191,7 +181,7 @@ static bool find_blas(struct cpu_machine *m)
         snprintf(m->why, sizeof m->why, "libopenblas.so.0 has no cblas_sgemm or openblas_set_num_threads");
         return false;
     }
-    set_threads(m->threads);
+    set_threads(moe_pool_threads(m->pool));
     return true;
 }
 
@@ -218,13 +208,13 @@ static moe_status make_product(struct cpu_machine *m, struct moe_error *err)
     return MOE_OK;
 }
 
-moe_status bench_cpu_open(int32_t threads, struct bench_machine **machine, struct moe_error *err)
+moe_status bench_cpu_open(moe_context *ctx, struct bench_machine **machine, struct moe_error *err)
 {
     *machine = NULL;
     struct cpu_machine *m = calloc(1, sizeof *m);
     if (!m)
         return moe_fail(err, MOE_ERROR_OUT_OF_MEMORY, "no memory for the probes");
-    m->threads = threads;
+    m->pool = ctx->exec.pool;
     m->base = (struct bench_machine){.point = cpu_point,
                                      .read = cpu_read,
                                      .dense = cpu_dense,
@@ -232,9 +222,9 @@ moe_status bench_cpu_open(int32_t threads, struct bench_machine **machine, struc
                                      .time = cpu_time,
                                      .release = cpu_release,
                                      .close = cpu_close,
-                                     .read_how = "plain read of 1 GiB or more by all threads",
+                                     .read_how = "plain read of the touched experts' weights by all threads",
                                      .dense_how = "OpenBLAS sgemm"};
-    moe_status status = make_buffer(m, err);
+    moe_status status = make_flush(m, err);
     if (status == MOE_OK && !find_blas(m)) {
         m->base.dense_how = NULL;
         m->base.dense_why = m->why;

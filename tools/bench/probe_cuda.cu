@@ -145,10 +145,10 @@ __global__ void __launch_bounds__(threads) read_experts(const __grid_constant__ 
 
 // Which of these is the fastest depends on the GPU and on how much there is to read: each point tries all.
 const read_way read_ways[] = {
-    {read_experts<512, 8>, 512, 8, 1},   {read_experts<512, 8>, 512, 8, 2}, {read_experts<512, 8>, 512, 8, 3},
+    {read_experts<512, 8>, 512, 8, 1},   {read_experts<512, 8>, 512, 8, 2}, {read_experts<512, 8>, 512, 8, 0},
     {read_experts<512, 16>, 512, 16, 1}, {read_experts<256, 8>, 256, 8, 2}, {read_experts<256, 8>, 256, 8, 4},
-    {read_experts<256, 4>, 256, 4, 4},   {read_experts<256, 4>, 256, 4, 8}, {read_experts<512, 8>, 512, 8, 0},
-    {read_experts<256, 8>, 256, 8, 0},   {read_experts<256, 4>, 256, 4, 0},
+    {read_experts<256, 8>, 256, 8, 5},   {read_experts<256, 8>, 256, 8, 0}, {read_experts<256, 4>, 256, 4, 4},
+    {read_experts<256, 4>, 256, 4, 8},   {read_experts<256, 4>, 256, 4, 0},
 };
 
 __global__ void read_flat(const uint4 *data, uint64_t units, uint32_t *sink)
@@ -205,10 +205,10 @@ moe_status fill(cuda_machine *m, void *to, moe_dtype dtype, uint64_t count, moe_
 
 // ---- What the ceilings run ----
 
-uint64_t chunks_of(const stack &from, const read_way &way)
+stack stack_of(const void *data, uint64_t matrix_bytes, const read_way &way)
 {
     uint64_t chunk = (uint64_t)way.threads * way.unroll * sizeof(uint4);
-    return (from.stride + chunk - 1) / chunk;
+    return {static_cast<const char *>(data), matrix_bytes, (uint32_t)((matrix_bytes + chunk - 1) / chunk)};
 }
 
 moe_status run_read(void *machine, void *stream)
@@ -217,10 +217,9 @@ moe_status run_read(void *machine, void *stream)
     const bench_point *p = m->point;
     const read_way &way = *m->way;
     uint64_t matrix = (uint64_t)p->hidden * (uint64_t)p->intermediate * moe_dtype_size(p->dtype);
-    read_list list = {{static_cast<const char *>(p->w13), 2 * matrix, 0},
-                      {static_cast<const char *>(p->w2), matrix, 0}};
-    list.w13.chunks = (uint32_t)chunks_of(list.w13, way);
-    list.w2.chunks = (uint32_t)chunks_of(list.w2, way);
+    read_list list;
+    list.w13 = stack_of(p->w13, 2 * matrix, way);
+    list.w2 = stack_of(p->w2, matrix, way);
     for (int32_t done = 0; done < p->touched; done += (int32_t)list.experts) {
         int32_t left = p->touched - done;
         list.experts = left < touched_per_launch ? left : touched_per_launch;

@@ -7,6 +7,7 @@
 
 struct bench_report {
     enum bench_format format;
+    const struct bench_machine *machine;
     cJSON *root, *points, *without;
     bool titles; /* the table's column titles are out */
 };
@@ -35,6 +36,7 @@ struct bench_report *bench_report_open(enum bench_format format, const struct be
     if (!r)
         return NULL;
     r->format = format;
+    r->machine = machine;
     char desc[256], device[512], size[32];
     cli_show_desc(&w->desc, desc, sizeof desc);
     cli_show_device(w->ctx, device, sizeof device);
@@ -129,6 +131,8 @@ static void table_point(struct bench_report *r, const struct bench_point *p, dou
     table_row(p->tokens, "(read)", read, &(struct figures){.bytes = bytes, .gb = 1e-9 * bytes / read}, note);
     if (dense > 0)
         table_row(p->tokens, "(dense)", dense, &(struct figures){.tflop = 1e-12 * p->flops / dense}, "");
+    else if (r->machine->dense_how)
+        table_row(p->tokens, "(dense)", 0, &(struct figures){0}, r->machine->dense_why);
     for (int i = 0; i < count; i++) {
         const struct bench_result *result = &results[i];
         struct figures f = figures_of(p, result, floor);
@@ -219,6 +223,35 @@ void bench_report_point(struct bench_report *r, const struct bench_point *p, con
         csv_point(p, read->median, dense->median, results, count, floor);
     else
         json_point(r, p, read, dense, results, count, floor);
+}
+
+int bench_report_load(enum bench_format format, const struct bench_load *result, const moe_context *ctx,
+                      const char *title, const moe_layer_desc *desc)
+{
+    double gb = 1e-9 * (double)result->bytes, plain = result->plain.median, load = result->load.median;
+    if (format == BENCH_JSON) {
+        cJSON *root = cli_json_object(NULL, NULL);
+        cli_json_string(root, "workload", title);
+        cli_json_desc(cli_json_object(root, "layer"), desc);
+        cli_json_device(cli_json_object(root, "device"), ctx);
+        cli_json_number(root, "bytes", (double)result->bytes);
+        json_time(root, "plain_read", &result->plain);
+        json_time(root, "load", &result->load);
+        cli_json_number(root, "plain_read_gb_per_s", gb / plain);
+        cli_json_number(root, "load_gb_per_s", gb / load);
+        cli_json_number(root, "share_of_plain_read", plain / load);
+        return cli_json_print(root);
+    }
+    char text[256], device[512], size[32], time[2][32];
+    cli_show_desc(desc, text, sizeof text);
+    cli_show_device(ctx, device, sizeof device);
+    printf("%s: %s, %s of weights\n%s\n\n", title, text, cli_show_bytes((double)result->bytes, size, sizeof size),
+           device);
+    printf("%-12s %10s %8s\n", "", "time", "GB/s");
+    printf("%-12s %10s %8.2f\n", "plain read", cli_show_seconds(plain, time[0], sizeof time[0]), gb / plain);
+    printf("%-12s %10s %8.2f   %.1f %% of a plain read\n", "load", cli_show_seconds(load, time[1], sizeof time[1]),
+           gb / load, 100 * plain / load);
+    return CLI_EXIT_OK;
 }
 
 int bench_report_close(struct bench_report *r, bool whole)

@@ -4,11 +4,13 @@
 #include <stdlib.h>
 
 #include "config/convert.h"
+#include "kernels/cpu/pool.h"
+#include "runtime/load.h"
 #include "tools/bench/bench.h"
 #include "tools/cli.h"
 #include "tools/normal.h"
 
-enum { SEED = 1, CHUNK_BYTES = 4 << 20 };
+enum { SEED = 1, CHUNK_BYTES = 16 << 20 };
 
 /* Hidden, intermediate, experts, top_k of one device's share of well-known layers, as plain SwiGLU. */
 static const struct bench_shape shapes[] = {
@@ -31,13 +33,51 @@ const struct bench_shape *bench_shape_find(const char *name)
     return NULL;
 }
 
+moe_status bench_weights_alloc(moe_context *ctx, uint64_t bytes, void **pointer)
+{
+    if (ctx->info.device == MOE_DEVICE_CUDA)
+        return moe_buffer_alloc(ctx, (size_t)bytes, pointer);
+    struct moe_error err;
+    moe_status status = moe_host_alloc(bytes, pointer);
+    if (status == MOE_OK)
+        return MOE_OK;
+    moe_fail(&err, status, "cannot allocate %llu bytes of memory for weights", (unsigned long long)bytes);
+    return moe_context_report(ctx, status, &err);
+}
+
+void bench_weights_free(moe_context *ctx, void *pointer, uint64_t bytes)
+{
+    if (ctx->info.device == MOE_DEVICE_CUDA)
+        moe_buffer_free(ctx, pointer);
+    else
+        moe_host_free(pointer, bytes);
+}
+
+struct chunk {
+    const struct normal *stream;
+    int64_t first, count;
+    char *to;
+};
+
+/* Each thread of the pool makes its share of a chunk: a multiple of 4 elements, as normal_fill asks. */
+static void fill_share(void *argument, int32_t thread, int32_t threads)
+{
+    const struct chunk *chunk = argument;
+    int64_t share = (chunk->count / threads + 4) / 4 * 4;
+    int64_t at = thread * share, left = chunk->count - at;
+    if (left > 0)
+        normal_fill(chunk->stream, (uint64_t)(chunk->first + at), left < share ? left : share,
+                    chunk->to + (size_t)at * moe_dtype_size(chunk->stream->dtype));
+}
+
 /* count normal elements on the device. */
 static moe_status fill(moe_context *ctx, void *device, moe_dtype dtype, int64_t count, double deviation,
                        const char *name)
 {
     struct normal *stream = malloc(sizeof *stream);
-    char *chunk = malloc(CHUNK_BYTES);
-    moe_status status = stream && chunk ? MOE_OK : MOE_ERROR_OUT_OF_MEMORY;
+    bool staged = ctx->info.device == MOE_DEVICE_CUDA;
+    char *stage = staged ? malloc(CHUNK_BYTES) : NULL;
+    moe_status status = stream && (stage || !staged) ? MOE_OK : MOE_ERROR_OUT_OF_MEMORY;
     int64_t size = (int64_t)moe_dtype_size(dtype), step = CHUNK_BYTES / size;
     if (status == MOE_OK) {
         normal_init(stream, dtype, deviation);
@@ -46,12 +86,15 @@ static moe_status fill(moe_context *ctx, void *device, moe_dtype dtype, int64_t 
     struct cli_progress progress = {.what = name};
     for (int64_t done = 0; status == MOE_OK && done < count; done += step) {
         int64_t n = count - done < step ? count - done : step;
-        normal_fill(stream, (uint64_t)done, n, chunk);
-        status = moe_copy_in(ctx, (char *)device + done * size, chunk, (size_t)(n * size), NULL);
+        char *place = (char *)device + done * size;
+        struct chunk chunk = {stream, done, n, staged ? stage : place};
+        moe_pool_run(ctx->exec.pool, fill_share, &chunk);
+        if (staged)
+            status = moe_copy_in(ctx, place, stage, (size_t)(n * size), NULL);
         cli_progress_update(&progress, (uint64_t)((done + n) * size), (uint64_t)(count * size));
     }
     cli_progress_end(&progress);
-    free(chunk);
+    free(stage);
     free(stream);
     return status;
 }
@@ -105,7 +148,8 @@ moe_status bench_workload_create(struct bench_workload *w, moe_context *ctx, con
                   {"making w2", e * h * i, 1 / sqrt((double)i)}};
     moe_status status = MOE_OK;
     for (int p = 0; status == MOE_OK && p < 3; p++) {
-        status = moe_buffer_alloc(ctx, (size_t)parts[p].count * moe_dtype_size(dtype), &w->parts[p]);
+        w->part_bytes[p] = (uint64_t)parts[p].count * moe_dtype_size(dtype);
+        status = bench_weights_alloc(ctx, w->part_bytes[p], &w->parts[p]);
         if (status == MOE_OK)
             status = fill(ctx, w->parts[p], dtype, parts[p].count, parts[p].deviation, parts[p].name);
     }
@@ -161,7 +205,7 @@ void bench_workload_free(struct bench_workload *w)
         return;
     moe_layer_destroy(w->layer);
     for (int p = 0; p < 3; p++)
-        moe_buffer_free(w->ctx, w->parts[p]);
+        bench_weights_free(w->ctx, w->parts[p], w->part_bytes[p]);
     moe_buffer_free(w->ctx, w->hidden_states);
     moe_buffer_free(w->ctx, w->output);
     moe_buffer_free(w->ctx, w->ids);

@@ -31,7 +31,7 @@ int main(int argc, char **argv)
     }
     int layer_number = argc > 2 ? atoi(argv[2]) : 0;
 
-    /* The first GPU that works, else the CPU. The layer keeps its own copy of the weights. */
+    /* The first GPU if it works, else the CPU. The layer keeps its own copy of the weights. */
     moe_checkpoint *checkpoint;
     moe_layer *layer;
     check(moe_context_create(NULL, &ctx));
