@@ -4,10 +4,11 @@
 #include <math.h>
 
 #include "config/convert.h"
+#include "kernels/budget.h"
 
 double compare_budget(moe_dtype dtype)
 {
-    return 2 * (dtype == MOE_F32 ? 1e-5 : dtype == MOE_F16 ? 1.5e-3 : 1e-2);
+    return 2 * moe_error_budget(dtype);
 }
 
 /* How far apart two elements are. The same infinity and two NaNs count as equal, any other one as infinitely far. */

@@ -16,23 +16,23 @@
  */
 #include <math.h>
 
+#include "kernels/budget.h"
 #include "tests/checkmoe/checkmoe.h"
 
 static const struct {
-    double layer;     /* given ids and weights, hidden states in to hidden states out */
     double operation; /* one operation, given its inputs: one rounding of the result, and fp32 sums */
     int fraction_bits, lowest_exponent;
 } budgets[] = {
-    [MOE_BF16] = {1e-2, 4.5e-3, 7, -126},
-    [MOE_F16] = {1.5e-3, 6e-4, 10, -14},
-    [MOE_F32] = {1e-5, 1e-5, 23, -126},
+    [MOE_BF16] = {4.5e-3, 7, -126},
+    [MOE_F16] = {6e-4, 10, -14},
+    [MOE_F32] = {1e-5, 23, -126},
 };
 
 double budget_layer(const struct test_case *c, moe_dtype result)
 {
     const bool narrow = (c->hidden < 16 || c->intermediate < 16) && c->dtype != MOE_F32;
 
-    return fmax(budgets[c->dtype].layer * (narrow ? 2.5 : 1), budgets[result].layer);
+    return fmax(moe_error_budget(c->dtype) * (narrow ? 2.5 : 1), moe_error_budget(result));
 }
 
 double budget_operation(moe_dtype result)
