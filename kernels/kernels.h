@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The operations of the layer, one contract each. A path (runtime/paths.c) is a list of steps; a step runs one of these
- * functions on a moe_call. Every implementation of an operation reads and writes exactly what the contract says, so that
- * tests can swap one for another.
+ * functions on a moe_call. Every implementation of an operation reads and writes exactly what the contract says, so
+ * that tests can swap one for another.
  *
  * Notation: T tokens, H hidden, I intermediate, G groups (= experts here), S slots, R rows in the plan (known only on
  * the device, R <= T * S). Sums are in fp32 or better; "rounds" is round to nearest even.
@@ -31,8 +31,8 @@ struct moe_weights_view {
 /* What a device lends to a call. Created with the context, shared by all its calls. */
 struct moe_exec {
     moe_device device;
-    struct moe_pool *pool;     /* CPU */
-    int32_t sms;               /* CUDA */
+    struct moe_pool *pool; /* CPU */
+    int32_t sms;           /* CUDA */
     int32_t compute_capability;
     struct moe_cublas *cublas; /* CUDA, NULL if cuBLAS is not on the machine */
 };
@@ -51,9 +51,9 @@ struct moe_call {
     struct moe_weights_view w13; /* [G][2I][H]: gate rows, then up rows */
     struct moe_weights_view w2;  /* [G][H][I] */
 
-    moe_dtype io_dtype;   /* of input and output */
-    const void *input;    /* [T, H] io_dtype */
-    void *output;         /* [T, H] io_dtype */
+    moe_dtype io_dtype; /* of input and output */
+    const void *input;  /* [T, H] io_dtype */
+    void *output;       /* [T, H] io_dtype */
 
     struct moe_gate_args gate; /* gate.x = x; its outputs feed plan.ids and plan.weights in a whole forward */
     struct moe_plan_args plan;
@@ -63,8 +63,9 @@ struct moe_call {
     void *rows;    /* [T * S, H] dtype: gathered input rows, in plan order */
     void *gate_up; /* [T * S, 2I] dtype (fp32 on the reference path): GEMM 1's result, gate columns then up columns */
     void *act;     /* [T * S, I] dtype (fp32 on the reference path): activation(gate) * up */
-    void *down;    /* [T * S, H] dtype (fp32 on the reference and cpu paths): GEMM 2's result, not yet weighted */
-    void *scratch; /* as many bytes as the path's scratch function says */
+    void *down;    /* [T * S, H] down_dtype: GEMM 2's result, not yet weighted */
+    moe_dtype down_dtype; /* fp32, or on the cuBLAS paths dtype */
+    void *scratch;        /* as many bytes as the path's scratch function says */
     size_t scratch_bytes;
 };
 
@@ -106,7 +107,8 @@ moe_status moe_gather_cuda(const struct moe_call *call);
 moe_status moe_activation_cuda(const struct moe_call *call);
 moe_status moe_combine_cuda(const struct moe_call *call);
 
-/* kernels/cuda/simple: gemm1 reads x through row_token (no gathered copy) and applies the activation: x, plan -> act. */
+/* kernels/cuda/simple: gemm1 reads x through row_token (no gathered copy) and applies the activation: x, plan -> act.
+ */
 moe_status moe_gemm1_simple(const struct moe_call *call);
 moe_status moe_gemm2_simple(const struct moe_call *call);
 

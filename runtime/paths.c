@@ -131,7 +131,7 @@ static const struct moe_path_info paths[MOE_PATH_COUNT] = {
                                  CUDA_SCRATCH(moe_scratch_cublas), CUDA_STEPS(cublas_grouped_steps)},
     [MOE_PATH_PADDED] = {MOE_PATH_PADDED, MOE_DEVICE_CUDA, true, MOE_NEED_DOWN, 0, 0, 0,
                          CUDA_SCRATCH(moe_scratch_padded), CUDA_STEPS(padded_steps)},
-    [MOE_PATH_SIMPLE] = {MOE_PATH_SIMPLE, MOE_DEVICE_CUDA, false, MOE_NEED_ACT | MOE_NEED_DOWN, 0, 0, 0, NULL,
+    [MOE_PATH_SIMPLE] = {MOE_PATH_SIMPLE, MOE_DEVICE_CUDA, false, MOE_NEED_ACT | MOE_NEED_DOWN, 0, 0, MOE_F32, NULL,
                          CUDA_STEPS(simple_steps)},
     [MOE_PATH_DECODE] = {MOE_PATH_DECODE, MOE_DEVICE_CUDA, false, 0, 0, 0, 0, NULL, NULL, "not in this version"},
     [MOE_PATH_PREFILL] = {MOE_PATH_PREFILL, MOE_DEVICE_CUDA, false, 0, 0, 0, 0, NULL, NULL, "not in this version"},

@@ -56,7 +56,8 @@ size_t moe_workspace_carve(struct moe_call *call, const struct moe_path_info *pa
     call->gate_up =
         take_if(&arena, path->needs & MOE_NEED_GATE_UP, rows * 2 * intermediate, path->gate_up_dtype, call->dtype);
     call->act = take_if(&arena, path->needs & MOE_NEED_ACT, rows * intermediate, path->act_dtype, call->dtype);
-    call->down = take_if(&arena, path->needs & MOE_NEED_DOWN, rows * hidden, path->down_dtype, call->dtype);
+    call->down_dtype = path->down_dtype != MOE_DTYPE_NONE ? path->down_dtype : call->dtype;
+    call->down = take_if(&arena, path->needs & MOE_NEED_DOWN, rows * hidden, call->down_dtype, call->dtype);
 
     call->scratch_bytes = path->scratch != NULL ? path->scratch(call) : 0;
     call->scratch = take(&arena, call->scratch_bytes, 1);

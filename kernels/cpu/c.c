@@ -15,7 +15,6 @@ void moe_cpu_fill_c(struct moe_cpu_ops *ops)
     ops->features = "none";
     ops->lanes = LANES;
     ops->block_rows = BLOCK_ROWS;
-    ops->dot_tokens = MOST_DOT_TOKENS;
     ops->f32 = product;
     fill_rows(ops);
 }

@@ -3,9 +3,8 @@
  * A run has two phases with a barrier between. First the threads pack the rows of x, in pieces of at most two vectors
  * of tokens. Then they compute jobs, taken one by one: some weight rows of a group by up to TOKENS of its rows.
  *
- * A piece with many tokens is a panel, with few it is rows for dot(); a piece in between is a panel of one vector and
- * rows for the rest. Which one it is depends on the plan alone and every sum is of one thread, so that results depend
- * neither on the number of threads nor on timing.
+ * A piece with many tokens is a panel, with few it is rows for dot(). Which one it is depends on the plan alone and
+ * every sum is of one thread, so that results depend neither on the number of threads nor on timing.
  *
  * Scratch: per group tables │ packed rows of x, a slot each │ for each thread: block of weights, tile of sums
  */
@@ -57,32 +56,26 @@ static int64_t align(int64_t bytes)
     return divide_up(bytes, ALIGNMENT) * ALIGNMENT;
 }
 
-/* What a piece of `count` tokens becomes: a panel of *width tokens (0: none), which takes *panel of them, then at most
- * ops.dot_tokens rows. */
-static void split(const struct moe_cpu_ops *ops, int32_t count, int32_t *width, int32_t *panel)
+/* Whether a piece of `count` tokens is a panel. If not, it is rows for dot(), which cost more than idle lanes where
+ * these are less than a quarter. */
+static bool is_panel(const struct moe_cpu_ops *ops, int64_t count)
 {
-    if (2 * count > 3 * ops->lanes) /* what idle lanes cost less than a dot() */
-        *width = 2 * ops->lanes;
-    else
-        *width = count > ops->dot_tokens ? ops->lanes : 0;
-    *panel = count < *width ? count : *width;
+    return 2 * count > 3 * ops->lanes;
 }
 
 /* Slots of `count` rows of a group. */
 static int64_t slots_of(const struct moe_cpu_ops *ops, int64_t count)
 {
-    int64_t whole = count / (2 * ops->lanes) * (2 * ops->lanes);
-    int32_t width, panel;
+    const int64_t piece = 2 * ops->lanes, rest = count % piece;
 
-    split(ops, (int32_t)(count - whole), &width, &panel);
-    return whole + width + (count - whole - panel);
+    return count - rest + (is_panel(ops, rest) ? piece : rest);
 }
 
 size_t moe_cpu_gemm_scratch(int32_t threads, int64_t rows, int32_t groups, int64_t depth)
 {
-    /* Only the last panel of a group has idle lanes, and less than a vector of them. */
+    /* Only the last panel of a group has idle lanes, and less than half a vector of them. */
     int64_t with_rows = rows < groups ? rows : groups;
-    int64_t slots = rows + with_rows * (MOE_CPU_LANES - 1);
+    int64_t slots = rows + with_rows * (MOE_CPU_LANES / 2);
 
     return (size_t)(align((groups + 1) * (int64_t)sizeof(struct start)) +
                     slots * divide_up(depth, MOE_CPU_PAD) * MOE_CPU_PAD * (int64_t)sizeof(float) +
@@ -117,17 +110,14 @@ static void pack_piece(const struct run *run, int32_t group, int64_t piece)
     const int32_t count = end - first < 2 * run->ops->lanes ? (int32_t)(end - first) : 2 * run->ops->lanes;
     const void *rows[2 * MOE_CPU_LANES];
     float *to = run->packed + (run->starts[group].slot + piece * 2 * run->ops->lanes) * run->units;
-    int32_t width, panel;
 
     for (int32_t i = 0; i < count; i++)
         rows[i] =
             (const char *)gemm->x + (size_t)(gemm->x_rows != NULL ? gemm->x_rows[first + i] : first + i) * row_bytes;
-    split(run->ops, count, &width, &panel);
-    if (width > 0)
-        run->product->pack_panel(to, width, rows, panel, gemm->x_dtype, gemm->depth);
-    if (panel < count)
-        run->product->pack_rows(to + width * run->units, rows + panel, count - panel, gemm->x_dtype, gemm->w.dtype,
-                                gemm->depth);
+    if (is_panel(run->ops, count))
+        run->product->pack_panel(to, rows, count, gemm->x_dtype, gemm->depth);
+    else
+        run->product->pack_rows(to, rows, count, gemm->x_dtype, gemm->w.dtype, gemm->depth);
 }
 
 static void pack_all(const struct run *run)
@@ -221,27 +211,20 @@ static void run_panels(const struct run *run, const struct job *job, const struc
                       elements < units * product->per_unit ? elements : units * product->per_unit);
 
         float *c = tile + (b.part * run->job_width + b.row) * ldc;
-        for (int64_t t = 0; t < job->tokens; t += piece) {
-            int32_t count = job->tokens - t < piece ? (int32_t)(job->tokens - t) : piece, width, panel;
-            split(run->ops, count, &width, &panel);
-            if (width == 0)
-                break;
-            product->tile(c + t, ldc, block, job->packed + t * run->units + from * width, width, units, from > 0,
-                          &ahead);
+        for (int64_t t = 0; t < job->tokens && is_panel(run->ops, job->tokens - t); t += piece) {
+            product->tile(c + t, ldc, block, job->packed + t * run->units + from * piece, units, from > 0, &ahead);
             ahead.data = NULL;
         }
     }
 }
 
-/* The rows of a job's last piece that are in no panel. After the last weights of a job come those of `next`. */
+/* The last piece of a job, if it is not a panel. After the last weights of a job come those of `next`. */
 static void run_dots(const struct run *run, const struct job *job, const struct job *next, float *tile, int64_t ldc)
 {
-    const int32_t piece = 2 * run->ops->lanes;
-    const int64_t whole = job->tokens / piece * piece;
-    int32_t count = (int32_t)(job->tokens - whole), width, panel;
+    const int64_t piece = 2 * run->ops->lanes, whole = job->tokens / piece * piece;
+    const int32_t rest = (int32_t)(job->tokens - whole);
 
-    split(run->ops, count, &width, &panel);
-    if (panel == count)
+    if (rest == 0 || is_panel(run->ops, rest))
         return;
     for (int32_t part = 0; part < run->parts; part++) {
         struct moe_cpu_weights w = {job->weights + (size_t)(part * run->gemm->width) * run->weight_row_bytes,
@@ -249,8 +232,8 @@ static void run_dots(const struct run *run, const struct job *job, const struct 
         const char *after = next != NULL ? next->weights : w.data;
         if (part + 1 < run->parts)
             after = w.data + (size_t)run->gemm->width * run->weight_row_bytes;
-        run->product->dot(tile + part * run->job_width * ldc + whole + panel, ldc, &w, job->width,
-                          job->packed + (whole + width) * run->units, count - panel, run->gemm->depth, after);
+        run->product->dot(tile + part * run->job_width * ldc + whole, ldc, &w, job->width,
+                          job->packed + whole * run->units, rest, run->gemm->depth, after);
     }
 }
 
@@ -260,7 +243,7 @@ static void run_job(const struct run *run, const struct job *job, const struct j
     const int64_t ldc = divide_up(job->tokens, 2 * run->ops->lanes) * 2 * run->ops->lanes + MOE_CPU_LANES;
     char *out = (char *)gemm->out + (size_t)(job->row * gemm->width + job->column) * moe_dtype_size(gemm->out_dtype);
 
-    if (job->tokens > run->ops->dot_tokens)
+    if (is_panel(run->ops, job->tokens))
         run_panels(run, job, next, block, tile, ldc);
     run_dots(run, job, next, tile, ldc);
     if (gemm->gated)

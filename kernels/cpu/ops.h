@@ -6,10 +6,11 @@
  * A product computes c[row][token] = weights[row] . x[token]. Operands are counted in units of 4 bytes of the depth:
  * one fp32, or two bf16 where the processor multiplies these in pairs. Tokens come packed, in one of two forms:
  *
- * - a panel, [units][width] with width = lanes or 2 * lanes tokens side by side. tile() multiplies it with a block of
+ * - a panel, [units][2 * lanes], tokens side by side. tile() multiplies it with a block of
  *   weight rows, one weight for all tokens at a time: there is nothing to add up across a vector.
- * - rows, for dot(): few tokens, the weights streamed from memory and used where they stand. The rows are cut into
- *   blocks of moe_cpu_dot_units, [block][tokens][units of the block], so that one block stays in the first-level cache.
+ * - rows, for dot(): few tokens, the weights streamed from memory and used where they stand. Groups of a few rows are
+ *   cut into blocks of moe_cpu_dot_units, [group][block][tokens][units of the block], so that one block stays in the
+ *   first-level cache.
  *
  * Depths are padded with zeros to MOE_CPU_PAD units, so that only what touches unpacked memory knows about tails.
  */
@@ -48,22 +49,21 @@ struct moe_cpu_ahead {
  * level fast enough, and long blocks cost fewer sums; more tokens leave room for the weights in the first (32 KiB). */
 static inline int64_t moe_cpu_dot_units(int32_t tokens)
 {
-    return (tokens <= 4 ? 8192 : 5120) / tokens / MOE_CPU_PAD * MOE_CPU_PAD;
+    return (tokens <= 4 ? 8192 : 4096) / tokens / MOE_CPU_PAD * MOE_CPU_PAD;
 }
 
 struct moe_cpu_product {
     int32_t per_unit; /* elements of the depth in a unit: 1 (any dtype, as fp32) or 2 (bf16) */
 
-    /* rows[i], i < count <= width, each `depth` elements of dtype -> a panel. */
-    void (*pack_panel)(float *to, int32_t width, const void *const *rows, int32_t count, moe_dtype dtype,
-                       int64_t depth);
-    /* rows[i], i < count <= ops.dot_tokens -> rows for dot() with weights of w_dtype. */
+    /* rows[i], i < count <= 2 * lanes, each `depth` elements of dtype -> a panel. */
+    void (*pack_panel)(float *to, const void *const *rows, int32_t count, moe_dtype dtype, int64_t depth);
+    /* rows[i], i < count -> rows for dot() with weights of w_dtype. */
     void (*pack_rows)(float *to, const void *const *rows, int32_t count, moe_dtype dtype, moe_dtype w_dtype,
                       int64_t depth);
     /* `depth` elements of each of `rows` weight rows -> block[row][MOE_CPU_STRIDE], padded. */
     void (*load)(float *block, const struct moe_cpu_weights *w, int32_t rows, int64_t depth);
-    /* c[row][token] (+)= block . panel, for ops.block_rows rows and `width` tokens. */
-    void (*tile)(float *c, int64_t ldc, const float *block, const float *panel, int32_t width, int64_t units, bool add,
+    /* c[row][token] (+)= block . panel, for ops.block_rows rows and 2 * lanes tokens. */
+    void (*tile)(float *c, int64_t ldc, const float *block, const float *panel, int64_t units, bool add,
                  const struct moe_cpu_ahead *ahead);
     /* c[row][token] = w . x for `rows` weight rows and the `tokens` packed rows of x; `next` is where the weights after
      * these will be read, to be fetched. */
@@ -74,7 +74,6 @@ struct moe_cpu_product {
 struct moe_cpu_ops {
     const char *features;
     int32_t lanes, block_rows;
-    int32_t dot_tokens;          /* the most tokens of a dot(), from lanes / 2 to lanes; more make a panel */
     struct moe_cpu_product f32;  /* operands of any dtype */
     struct moe_cpu_product bf16; /* both operands bf16; tile NULL: use f32 */
 

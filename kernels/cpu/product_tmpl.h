@@ -30,24 +30,24 @@ INLINE int64_t padded_units(int64_t depth)
     return (depth + PER_UNIT * MOE_CPU_PAD - 1) / (PER_UNIT * MOE_CPU_PAD) * MOE_CPU_PAD;
 }
 
-static void pack_panel(float *to, int32_t width, const void *const *rows, int32_t count, moe_dtype dtype, int64_t depth)
+static void pack_panel(float *to, const void *const *rows, int32_t count, moe_dtype dtype, int64_t depth)
 {
     const int64_t units = padded_units(depth);
 
     for (int64_t u = 0; u < units; u += LANES)
-        for (int32_t first = 0; first < width; first += LANES) {
+        for (int32_t first = 0; first < 2 * LANES; first += LANES) {
             vf v[LANES];
             for (int i = 0; i < LANES; i++)
                 v[i] = first + i < count ? row_units(rows[first + i], dtype, u * PER_UNIT, depth) : vf_set(0);
             vf_transpose(v);
             for (int i = 0; i < LANES; i++)
-                vf_store(to + (u + i) * width + first, v[i]);
+                vf_store(to + (u + i) * 2 * LANES + first, v[i]);
         }
 }
 
 /* Where bf16 weights will become fp32, x takes the order in which they are unpacked: even elements, then odd ones. */
-static void pack_rows(float *to, const void *const *rows, int32_t count, moe_dtype dtype, moe_dtype w_dtype,
-                      int64_t depth)
+static void pack_few(float *to, const void *const *rows, int32_t count, moe_dtype dtype, moe_dtype w_dtype,
+                     int64_t depth)
 {
     const int64_t units = padded_units(depth), block = moe_cpu_dot_units(count);
     const bool pairs = PER_UNIT == 1 && w_dtype == MOE_BF16;
@@ -66,6 +66,22 @@ static void pack_rows(float *to, const void *const *rows, int32_t count, moe_dty
             for (; u < end; u += LANES, to += LANES)
                 vf_store(to, row_units(rows[i], dtype, u * PER_UNIT, depth));
         }
+    }
+}
+
+/* How many of `tokens` rows are multiplied together: as many as there are registers for, in groups of like size. */
+INLINE int32_t first_few(int32_t tokens)
+{
+    const int32_t groups = (tokens + MOST_DOT_TOKENS - 1) / MOST_DOT_TOKENS;
+    return (tokens + groups - 1) / groups;
+}
+
+static void pack_rows(float *to, const void *const *rows, int32_t count, moe_dtype dtype, moe_dtype w_dtype,
+                      int64_t depth)
+{
+    for (int32_t i = 0, few; i < count; i += few) {
+        few = first_few(count - i);
+        pack_few(to + i * padded_units(depth), rows + i, few, dtype, w_dtype, depth);
     }
 }
 
@@ -106,13 +122,13 @@ static void load(float *block, const struct moe_cpu_weights *w, int32_t rows, in
 }
 
 /* Sums of a block of the depth begin at zero and are added to c at its end: shorter chains, smaller errors. */
-INLINE void tile_vectors(float *c, int64_t ldc, const float *block, const float *panel, int64_t units, bool add,
-                         const struct moe_cpu_ahead *ahead, const int vectors)
+static void tile(float *c, int64_t ldc, const float *block, const float *panel, int64_t units, bool add,
+                 const struct moe_cpu_ahead *ahead)
 {
     vf acc[BLOCK_ROWS][2];
 
     for (int r = 0; r < BLOCK_ROWS; r++)
-        for (int v = 0; v < vectors; v++)
+        for (int v = 0; v < 2; v++)
             acc[r][v] = vf_set(0);
     for (int64_t u = 0; u < units; u += MOE_CPU_PAD) {
         if (ahead->data != NULL) {
@@ -122,41 +138,39 @@ INLINE void tile_vectors(float *c, int64_t ldc, const float *block, const float 
         }
         for (int i = 0; i < MOE_CPU_PAD; i++) {
             vf x[2];
-            for (int v = 0; v < vectors; v++)
-                x[v] = vf_load(panel + ((u + i) * vectors + v) * LANES);
+            for (int v = 0; v < 2; v++)
+                x[v] = vf_load(panel + ((u + i) * 2 + v) * LANES);
             for (int r = 0; r < BLOCK_ROWS; r++) {
                 vf w = vf_set(block[r * MOE_CPU_STRIDE + u + i]);
-                for (int v = 0; v < vectors; v++)
+                for (int v = 0; v < 2; v++)
                     acc[r][v] = units_mac(acc[r][v], w, x[v]);
             }
         }
     }
     for (int r = 0; r < BLOCK_ROWS; r++)
-        for (int v = 0; v < vectors; v++) {
+        for (int v = 0; v < 2; v++) {
             float *to = c + r * ldc + v * LANES;
             vf_store(to, add ? vf_add(vf_load(to), acc[r][v]) : acc[r][v]);
         }
 }
 
-static void tile(float *c, int64_t ldc, const float *block, const float *panel, int32_t width, int64_t units, bool add,
-                 const struct moe_cpu_ahead *ahead)
-{
-    if (width == LANES)
-        tile_vectors(c, ldc, block, panel, units, add, ahead, 1);
-    else
-        tile_vectors(c, ldc, block, panel, units, add, ahead, 2);
-}
-
-/* Fetches `bytes` from `next` on into the second-level cache. A prefetch does not fault: it may be past the weights. */
-INLINE void fetch(const char *next, const int bytes, const int every)
+/* Fetches `bytes` from address `next` on into the second-level cache. A prefetch does not fault: the address may be
+ * past the weights, which is why it is a number. */
+INLINE void fetch(uintptr_t next, const int bytes, const int every)
 {
     for (int line = 0; line < bytes; line += every * 64)
-        __builtin_prefetch((const void *)((uintptr_t)next + (uintptr_t)line), 0, 2);
+        __builtin_prefetch((const void *)(next + (uintptr_t)line), 0, 2);
+}
+
+/* Brings weights that will be needed soon into the first-level cache so that they, and not x, are the next to leave. */
+INLINE void fetch_once(const char *w)
+{
+    __builtin_prefetch((const void *)((uintptr_t)w + 512), 0, 0);
 }
 
 /* One weight row of each of `rows` streams, `stride` bytes apart, by all tokens. Meanwhile as many bytes as it reads
  * are fetched from `next` on. */
-INLINE void dot_block(float *c, int64_t ldc, const char *w, size_t stride, const char *next, const float *x,
+INLINE void dot_block(float *c, int64_t ldc, const char *w, size_t stride, uintptr_t next, const float *x,
                       int64_t x_stride, int64_t depth, bool add, moe_dtype dtype, const int rows, const int tokens)
 {
     const size_t size = dtype == MOE_F32 ? 4 : 2;
@@ -171,9 +185,11 @@ INLINE void dot_block(float *c, int64_t ldc, const char *w, size_t stride, const
     for (; dtype == MOE_BF16 && k + 2 * STEP <= depth; k += 2 * STEP) {
         vf wv[8][2];
         fetch(next, rows * 2 * STEP * 2, every);
-        next += rows * 2 * STEP * 2;
+        next += (uintptr_t)(rows * 2 * STEP * 2);
         for (int r = 0; r < rows; r++) {
             const char *from = w + (size_t)r * stride + (size_t)k * size;
+            if (tokens > 4)
+                fetch_once(from);
             vf_load_pair(&wv[r][0], &wv[r][1], from);
         }
         for (int half = 0; half < 2; half++)
@@ -187,9 +203,11 @@ INLINE void dot_block(float *c, int64_t ldc, const char *w, size_t stride, const
     for (; k + STEP <= depth; k += STEP) {
         vf wv[8];
         fetch(next, rows * STEP * (int)size, every);
-        next += rows * STEP * (int)size;
+        next += (uintptr_t)(rows * STEP) * size;
         for (int r = 0; r < rows; r++) {
             const char *from = w + (size_t)r * stride + (size_t)k * size;
+            if (tokens > 4)
+                fetch_once(from);
             wv[r] = units_load(from, dtype);
         }
         for (int t = 0; t < tokens; t++) {
@@ -219,7 +237,7 @@ INLINE void dot_block(float *c, int64_t ldc, const char *w, size_t stride, const
  * this one is fetched from its begin to its end.
  */
 INLINE void dot_region(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x,
-                       int64_t depth, const char *next, moe_dtype dtype, const int tokens)
+                       int64_t depth, uintptr_t next, moe_dtype dtype, const int tokens)
 {
     const int streams = DOT_ROWS(tokens);
     const int64_t span = rows / streams, whole = span * streams;
@@ -241,27 +259,13 @@ INLINE void dot_region(float *c, int64_t ldc, const struct moe_cpu_weights *w, i
     }
 }
 
-INLINE void dot_rows(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x,
-                     int64_t depth, const char *next, moe_dtype dtype, const int tokens)
-{
-    const int streams = DOT_ROWS(tokens);
-    const int64_t turns = (int64_t)(MOE_CPU_DOT_REGION / w->row_bytes) / streams;
-    const int64_t step = turns > 1 ? turns * streams : streams;
-
-    for (int64_t r = 0; r < rows; r += step) {
-        const struct moe_cpu_weights region = {w->data + (size_t)r * w->row_bytes, w->row_bytes, dtype};
-        dot_region(c + r * ldc, ldc, &region, rows - r < step ? rows - r : step, x, depth,
-                   r + step < rows ? region.data + (size_t)step * w->row_bytes : next, dtype, tokens);
-    }
-}
-
 INLINE void dot_any(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x,
-                    int32_t tokens, int64_t depth, const char *next, moe_dtype dtype)
+                    int32_t tokens, int64_t depth, uintptr_t next, moe_dtype dtype)
 {
     switch (tokens) {
 #define CASE(n)                                                                                                        \
     case n:                                                                                                            \
-        dot_rows(c, ldc, w, rows, x, depth, next, dtype, n);                                                           \
+        dot_region(c, ldc, w, rows, x, depth, next, dtype, n);                                                         \
         break;
         CASE(1)
         CASE(2)
@@ -281,8 +285,8 @@ INLINE void dot_any(float *c, int64_t ldc, const struct moe_cpu_weights *w, int6
     }
 }
 
-static void dot(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x, int32_t tokens,
-                int64_t depth, const char *next)
+static void dot_few(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x,
+                    int32_t tokens, int64_t depth, uintptr_t next)
 {
     switch (w->dtype) {
     case MOE_BF16:
@@ -298,6 +302,24 @@ static void dot(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t 
     default:
         break;
 #endif
+    }
+}
+
+/* A region is read from memory for the first few tokens, for the others it is in the second-level cache. */
+static void dot(float *c, int64_t ldc, const struct moe_cpu_weights *w, int64_t rows, const float *x, int32_t tokens,
+                int64_t depth, const char *next)
+{
+    const int64_t streams = DOT_ROWS(first_few(tokens)), turns = (int64_t)(MOE_CPU_DOT_REGION / w->row_bytes) / streams;
+    const int64_t step = turns > 1 ? turns * streams : streams;
+
+    for (int64_t r = 0; r < rows; r += step) {
+        const struct moe_cpu_weights region = {w->data + (size_t)r * w->row_bytes, w->row_bytes, w->dtype};
+        const char *after = r + step < rows ? region.data + (size_t)step * w->row_bytes : next;
+        for (int32_t t = 0, few; t < tokens; t += few) {
+            few = first_few(tokens - t);
+            dot_few(c + r * ldc + t, ldc, &region, rows - r < step ? rows - r : step, x + t * padded_units(depth), few,
+                    depth, (uintptr_t)after);
+        }
     }
 }
 

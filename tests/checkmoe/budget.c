@@ -11,8 +11,7 @@
  *
  * The budgets of the 16-bit dtypes are for sums in which rounding errors average out. In a layer of fewer than 16
  * hidden or intermediate columns they do not: there a path that keeps its intermediate results in the layer's dtype, as
- * the cuBLAS paths do, may be off by every rounding in full (gate, up, act, down, output), the gate's multiplied by up
- * to 4 by the slope of silu.
+ * the cuBLAS paths do, may be off by every rounding in full: gate, up, act, down, output.
  */
 #include <math.h>
 

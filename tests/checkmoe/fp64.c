@@ -76,9 +76,12 @@ void rows64(const struct test_case *c, int32_t expert, unsigned stages, int coun
 
                 to[r * width + i] = from[g] * sigmoid * from[u];
                 /* A quarter of the typical size counts where gate or up came out small by cancelling, and 2^-14 where
-                 * an act of f16 is too small to be held with full precision. */
-                to_typical[r * width + i] = fmax(smallest, sigmoid * fmax(fabs(from[g]), 0.25 * fabs(from_typical[g])) *
-                                                               fmax(fabs(from[u]), 0.25 * fabs(from_typical[u])));
+                 * an act of f16 is too small to be held with full precision. Far below zero silu multiplies the
+                 * relative error of the gate: d ln silu / d ln gate = 1 + gate (1 - sigmoid). */
+                double slope = fmax(1, fabs(1 + from[g] * (1 - sigmoid)));
+                to_typical[r * width + i] =
+                    fmax(smallest, slope * sigmoid * fmax(fabs(from[g]), 0.25 * fabs(from_typical[g])) *
+                                       fmax(fabs(from[u]), 0.25 * fabs(from_typical[u])));
             }
         from = act;
         from_typical = act_typical;

@@ -120,6 +120,7 @@ static bool set_up(struct checker *checker, const struct test_case *c, const str
     call->gate_up = device(arena, s->gate_up);
     call->act = device(arena, s->act);
     call->down = device(arena, s->down);
+    call->down_dtype = s->down_dtype;
     call->scratch = device(arena, s->scratch);
     return true;
 }

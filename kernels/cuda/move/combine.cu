@@ -48,7 +48,7 @@ moe_status moe_combine_cuda(const struct moe_call *call)
     const int64_t work = call->tokens * moe_ceil_div(call->hidden, THREADS * VEC);
     const unsigned grid = moe_grid(work, call->max_sms, call->exec->sms, 16);
     const bool aligned = call->hidden % VEC == 0 && moe_aligned16(call->down) && moe_aligned16(call->output);
-    moe_with_dtype(call->dtype, [&](auto from) {
+    moe_with_dtype(call->down_dtype, [&](auto from) {
         moe_with_dtype(call->io_dtype, [&](auto to) {
             moe_with_bool(aligned, [&](auto vector) {
                 typedef decltype(from) From;

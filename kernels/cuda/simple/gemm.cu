@@ -5,6 +5,8 @@
 //
 // GEMM 1 is the same kernel with b's gate and up rows side by side in a tile, so that the thread that holds a gate
 // value holds the up value it belongs to, and writes silu(gate) * up: fp32 until then, and half the result to store.
+#include <type_traits>
+
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/simple/tile.cuh"
 #include "kernels/kernels.h"
@@ -18,7 +20,7 @@ struct gemm {
     const void *a;          // [..., k]
     const int32_t *a_row;   // [R]: the row of `a` for row r of the plan; NULL: r itself
     const void *b;          // [groups][n][k], or with gate and up [groups][2n][k]
-    void *c;                // [R][n]
+    void *c;                // [R][n], T of GEMM 1's act, fp32 of GEMM 2's result
     const int32_t *offsets; // [groups + 1]
     int32_t groups, n, k;
 };
@@ -103,18 +105,24 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) gemm_kernel(const
     typedef typename Tile::T T;
     constexpr int BM = Tile::BM, BN = Tile::BN, STAGES = Tile::STAGES, THREADS = Tile::THREADS;
     constexpr int CHUNKS = ROW_BYTES / CHUNK, PER_CHUNK = CHUNK / sizeof(T), PER_STEP = ROW_BYTES / sizeof(T);
+    typedef std::conditional_t<GATED, T, float> Out;
+    constexpr int OUT_CHUNK = CHUNK / sizeof(Out);
     constexpr int STRIDE = THREADS / CHUNKS; // a thread loads one chunk of every STRIDE-th row
     constexpr int A_ROWS = (BM + STRIDE - 1) / STRIDE, B_ROWS = BN / STRIDE;
     constexpr int STAGE_BYTES = (BM + BN) * ROW_BYTES;
     constexpr int COLS = GATED ? BN / 2 : BN; // columns of c in a tile
-    constexpr int LD = COLS + PER_CHUNK;      // of the finished tile in shared memory, off a multiple of the banks
+    constexpr int LD = COLS + OUT_CHUNK;      // of the finished tile in shared memory, off a multiple of the banks
     static_assert(BN % STRIDE == 0 && (BM % STRIDE == 0 || BM < STRIDE), "rows must divide among the threads");
-    static_assert(BM * LD * sizeof(T) <= STAGES * STAGE_BYTES, "the finished tile must fit in the ring");
+    static_assert(!GATED || STRIDE % Tile::PAIRED == 0, "a thread's rows of b are all gate rows or all up rows");
+    static_assert(BM * LD * sizeof(Out) <= STAGES * STAGE_BYTES, "the finished tile must fit in the ring");
 
     extern __shared__ __align__(128) char ring[];
     const int64_t columns = (g.n + COLS - 1) / COLS;
     const int steps = (g.k + PER_STEP - 1) / PER_STEP;
     const int my_chunk = threadIdx.x % CHUNKS, my_row = threadIdx.x / CHUNKS;
+    const int my_column = GATED ? Tile::pair_column(my_row) : my_row; // of c, that row my_row of b is for
+    constexpr int COLUMN_STRIDE = GATED ? STRIDE / 2 : STRIDE;
+    const int64_t my_b = ((GATED && Tile::pair_is_up(my_row) ? (int64_t)g.n : 0) + my_column) * g.k;
 
     tile_walk walk;
     for (int64_t tile = blockIdx.x; find_group<BM>(g, columns, tile, walk); tile += gridDim.x) {
@@ -147,10 +155,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) gemm_kernel(const
 #pragma unroll
             for (int i = 0; i < B_ROWS; i++) {
                 const int r = my_row + i * STRIDE;
-                const int n = GATED ? Tile::pair_column(r) : r; // the column of c that row r of the tile is for
-                const T *row = n < cols ? b0 + (int64_t)n * g.k : NULL;
-                if (GATED && row && Tile::pair_is_up(r))
-                    row += (int64_t)g.n * g.k;
+                const bool there = my_column + i * COLUMN_STRIDE < cols;
+                const T *row = there ? b0 + my_b + (int64_t)(i * COLUMN_STRIDE) * g.k : NULL;
                 load_chunk<ALIGNED>(b + chunk_at(r, my_chunk), row, k, g.k, g.b);
             }
         };
@@ -174,19 +180,19 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) gemm_kernel(const
         __syncthreads();
 
         // Through shared memory, so that rows are written in whole pieces.
-        T *c = (T *)ring;
+        Out *c = (Out *)ring;
         product.template put<GATED>(c, LD);
         __syncthreads();
-        for (int i = threadIdx.x; i < BM * COLS / PER_CHUNK; i += THREADS) {
-            const int r = i / (COLS / PER_CHUNK), column0 = i % (COLS / PER_CHUNK) * PER_CHUNK;
+        for (int i = threadIdx.x; i < BM * COLS / OUT_CHUNK; i += THREADS) {
+            const int r = i / (COLS / OUT_CHUNK), column0 = i % (COLS / OUT_CHUNK) * OUT_CHUNK;
             if (r >= rows || column0 >= cols)
                 continue;
-            const T *from = c + r * LD + column0;
-            T *to = (T *)g.c + (r0 + r) * g.n + n0 + column0;
+            const Out *from = c + r * LD + column0;
+            Out *to = (Out *)g.c + (r0 + r) * g.n + n0 + column0;
             if constexpr (ALIGNED) {
                 *(uint4 *)to = *(const uint4 *)from;
             } else {
-                for (int j = 0; j < PER_CHUNK && column0 + j < cols; j++)
+                for (int j = 0; j < OUT_CHUNK && column0 + j < cols; j++)
                     to[j] = from[j];
             }
         }

@@ -33,6 +33,7 @@ template <typename Type, int M, int N, int WM, int WN, int STAGES_, int BLOCKS_>
     static constexpr int MI = WARP_M / 16, NI = WARP_N / 8; // m16n8 pieces of a warp
     static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0, "ldmatrix brings 16 rows of either operand");
 
+    static constexpr int PAIRED = 16; // rows of b after which gate and up repeat
     static __device__ int pair_column(int r)
     {
         return r / 16 * 8 + r % 8;
@@ -79,7 +80,7 @@ template <typename Type, int M, int N, int WM, int WN, int STAGES_, int BLOCKS_>
     }
 
     // c[BM][ld]
-    template <bool GATED> __device__ void put(T *c, int ld) const
+    template <bool GATED, typename Out> __device__ void put(Out *c, int ld) const
     {
         constexpr int HALF = GATED ? 2 : 1;
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -109,6 +110,7 @@ template <int TM, int TN, int STAGES_, int BLOCKS_> struct fma_tile {
     static constexpr int THREADS = 256;
     static constexpr int BLOCKS = BLOCKS_; // on an SM
 
+    static constexpr int PAIRED = 32; // rows of b after which gate and up repeat
     static __device__ int pair_column(int r)
     {
         return r / 32 * 16 + r % 16;
