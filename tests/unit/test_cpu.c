@@ -84,6 +84,8 @@ static const struct shape shapes[] = {
     {"more than a job's tokens", 300, 40, 31, 2, 1, 1},
     {"deep", 27, 1131, 70, 4, 3, -1},
     {"deep rows", 9, 3307, 5, 2, 4, -1},
+    {"five rows", 5, 1655, 37, 2, 1, 1},
+    {"weights in regions", 17, 12007, 25, 2, 1, 1},
     {"many experts", 40, 96, 49, 64, 4, -1},
     {"more columns than a job", 6, 50, 203, 2, 2, -1},
 };
