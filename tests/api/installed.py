@@ -37,8 +37,9 @@ class Package:
         self.prefix = directory / prefix.lstrip("/")
 
     def flags(self, *options):
+        path = ":".join(filter(None, [str(self.pc.parent), os.environ.get("PKG_CONFIG_PATH")]))
         result = run("pkg-config", f"--define-variable=prefix={self.prefix}", *options, "libmoe", stdout=subprocess.PIPE,
-                     env={**os.environ, "PKG_CONFIG_PATH": str(self.pc.parent)})
+                     env={**os.environ, "PKG_CONFIG_PATH": path})
         return result.stdout.split()
 
     def static_flags(self):
