@@ -2,8 +2,10 @@
 /*
  * One arena, carved from front to back; the same function sizes and carves, so the two cannot disagree.
  *
- *   logits  ids  weights │ counts offsets row_token row_slot row_weight slot_row scratch │ x rows gate_up act down │
- * scratch router's results       the plan                                                        activations path's
+ *   router   logits  ids  weights
+ *   plan     counts  offsets  row_token  row_slot  row_weight  slot_row  scratch
+ *   experts  x  rows  gate_up  act  down
+ *   path     scratch
  *
  * T tokens, S slots, E experts (= groups), H hidden, I intermediate; every buffer begins on MOE_WORKSPACE_ALIGNMENT.
  */

@@ -105,7 +105,7 @@ void softmax64(const struct test_case *c, const float *logits, const int32_t *id
 
 /* ---- Budgets (budget.c) ---- */
 
-double budget_layer(const struct test_case *c, moe_dtype result);
+double budget_layer(moe_path path, const struct test_case *c, moe_dtype result);
 double budget_operation(moe_dtype result);
 double budget_ulp(double value, moe_dtype dtype);
 /*

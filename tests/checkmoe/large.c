@@ -101,7 +101,7 @@ static bool run_path(struct checker *checker, const struct test_case *c, moe_lay
 static void check_samples(struct checker *checker, const struct test_case *c, const void *output,
                           const double *expected, const double *typical)
 {
-    const double budget = budget_layer(c, c->io_dtype);
+    const double budget = budget_layer(checker->path, c, c->io_dtype);
 
     for (int i = 0; i < SAMPLES; i++) {
         int64_t token = sample(c, i), column = 0;

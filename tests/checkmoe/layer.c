@@ -156,7 +156,7 @@ static void check_output(struct checker *checker, const struct test_case *c, con
                          const struct expert_rows *rows, const float *weights)
 {
     const int64_t hidden = c->hidden;
-    const double budget = budget_layer(c, c->io_dtype);
+    const double budget = budget_layer(checker->path, c, c->io_dtype);
     const bool any_f16 = c->dtype == MOE_F16 || c->io_dtype == MOE_F16;
     double *expected = malloc((size_t)hidden * 2 * sizeof(double)), *typical = expected + hidden;
 

@@ -259,7 +259,7 @@ static void check_rows(struct checker *checker, const struct test_case *c, const
     const struct rows_buffer to = stages & MOE_STAGE_GEMM2 ? down : stages & MOE_STAGE_ACTIVATION ? act : gate_up;
     const bool fused = (stages & (stages - 1)) != 0;
     const bool any_f16 = c->dtype == MOE_F16 || to.dtype == MOE_F16;
-    const double budget = fused ? budget_layer(c, to.dtype) : budget_operation(to.dtype);
+    const double budget = fused ? budget_layer(checker->path, c, to.dtype) : budget_operation(to.dtype);
     const int32_t *offsets = plan_ints(checker, s->offsets), *row_token = plan_ints(checker, s->row_token);
     const void *source = arena_host(&checker->arena, from.region), *result = arena_host(&checker->arena, to.region);
     double *in = malloc((size_t)(BLOCK_ROWS * (from.width + 2 * to.width)) * sizeof(double));

@@ -5,6 +5,7 @@
 //
 // GEMM 1 is the same kernel with b's gate and up rows side by side in a tile, so that the thread that holds a gate
 // value holds the up value it belongs to, and writes silu(gate) * up: fp32 until then, and half the result to store.
+// GEMM 2 stores fp32, so that between act and the output nothing rounds.
 #include <type_traits>
 
 #include "kernels/cuda/common/launch.cuh"
