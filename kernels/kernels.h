@@ -10,6 +10,8 @@
 #ifndef MOE_KERNELS_KERNELS_H
 #define MOE_KERNELS_KERNELS_H
 
+#include <stdbool.h>
+
 #include "config/error.h"
 #include "router/router.h"
 
@@ -20,10 +22,11 @@ extern "C" {
 struct moe_pool;   /* kernels/cpu/pool.h */
 struct moe_cublas; /* kernels/cuda/cublas/cublas.h */
 
-/* A stack of E row-major matrices: data[E][rows][cols], contiguous. */
+/* A stack of E matrices: [E][rows][cols], contiguous if `layout` is row-major; packed: kernels/packed.h. */
 struct moe_weights_view {
     const void *data;
     moe_dtype dtype;
+    moe_layout layout;
     int32_t experts;
     int64_t rows, cols;
 };
@@ -43,6 +46,7 @@ struct moe_call {
     void *stream;
     struct moe_error *error;
     int32_t max_sms; /* 0: all */
+    int32_t config;  /* of the path (its configurations are numbered from 1); 0: the path chooses */
 
     int64_t tokens, hidden, intermediate; /* T, H, I */
     int32_t slots;                        /* S */
@@ -111,6 +115,19 @@ moe_status moe_combine_cuda(const struct moe_call *call);
  */
 moe_status moe_gemm1_simple(const struct moe_call *call);
 moe_status moe_gemm2_simple(const struct moe_call *call);
+
+/* kernels/cuda/prefill: gather to gemm2 in one launch; x, plan -> act, down (both dtype). Either layout; H and I are
+ * multiples of 8, dtype is bf16 or f16. Configurations: moe_prefill_config_name(1), ... until it is NULL. */
+moe_status moe_ffn_prefill(const struct moe_call *call);
+size_t moe_scratch_prefill(const struct moe_call *call);
+const char *moe_prefill_config_name(int32_t config);
+
+/* kernels/cuda/pack: `rows` canonical rows [rows][view->cols], from row `first` of the stack [experts * view->rows] on,
+ * go to their places in `packed`, a stack of view's shape in the packed layout (kernels/packed.h); w13: gate and up
+ * rows alternate. `first` and `rows` are multiples of 8. Padding is written too: columns with each row, rows with the
+ * last row of their expert (w13: the last up row). Of the view only the shape is read. */
+moe_status moe_pack_rows(const struct moe_weights_view *view, bool w13, int64_t first, int64_t rows,
+                         const void *canonical, void *packed, void *stream, struct moe_error *err);
 
 /* kernels/cuda/cublas: these read the counts on the host and wait for the stream. moe_ffn_padded gathers into its
  * scratch itself and covers gather to gemm2, leaving `down` in plan order. */

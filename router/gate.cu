@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gate on the GPU: logits with fp32 FMAs, then the top-k of each token in one warp.
+// The gate on the GPU: logits on tensor cores (with FMAs where dtypes or sizes rule those out), then the top-k of each
+// token in one warp.
+#include <type_traits>
+
 #include "kernels/cuda/common/dtype.cuh"
 #include "kernels/cuda/common/launch.cuh"
+#include "kernels/cuda/common/ptx.cuh"
 #include "router/router.h"
 
 namespace
@@ -9,7 +13,188 @@ namespace
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-// ---- Logits ----
+// ---- Logits on tensor cores: x and gate both bf16 or both f16 ----
+//
+// The hidden dimension is cut into SLICES equal slices. A block takes up to 16 MI tokens x 8 NI experts; its warp w
+// takes slice w of them all, so that no byte enters an SM twice for a tile, and the slices' sums are added in order.
+// Operands go from memory straight to registers: a lane loads 16 bytes of row lane / 4, columns 8 (lane % 4) on of 32,
+// which is what it multiplies in two mma.m16n8k16, if the columns of a product are counted as memory has them for this
+// lane. The order does not matter to a sum of products as long as both operands agree; and neither the tile nor the
+// batch changes it, so a token gets the same bits in any batch.
+
+constexpr int SLICES = 8;
+constexpr int STEP = 32; // columns of a row that four lanes load at once
+
+// Both products of one piece of the tile: x0 and x1 are of token rows r and r + 8, w of expert row r.
+template <typename T> __device__ inline void multiply(float (&sum)[4], const uint4 &x0, const uint4 &x1, const uint4 &w)
+{
+    const uint32_t first[4] = {x0.x, x1.x, x0.y, x1.y}, second[4] = {x0.z, x1.z, x0.w, x1.w};
+    moe_mma(sum, first, w.x, w.y, T());
+    moe_mma(sum, second, w.z, w.w, T());
+}
+
+// A tile has `tile_tokens` <= 16 MI and `tile_experts` <= 8 NI. AHEAD steps are loaded before any of them is
+// multiplied.
+template <typename T, int MI, int NI, int AHEAD, int BLOCKS>
+__global__ void __launch_bounds__(SLICES * 32, BLOCKS)
+    logits_tensor(const moe_gate_args args, int tile_tokens, int tile_experts)
+{
+    constexpr int PIECES = MI * NI; // m16n8
+    constexpr int ROUND = PIECES < SLICES ? PIECES : SLICES;
+    static_assert(PIECES % ROUND == 0, "pieces are added up in rounds");
+    __shared__ float4 parts[ROUND][SLICES][32];
+    moe_grid_launch_dependents();
+    moe_grid_wait();
+
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, quad = lane % 4;
+    const int hidden = (int)args.hidden, experts = args.experts;
+    const int slice = ((hidden + STEP - 1) / STEP + SLICES - 1) / SLICES * STEP;
+    const int begin = warp * slice, end = begin + slice < hidden ? begin + slice : hidden;
+    const int expert_tiles = (experts + tile_experts - 1) / tile_experts;
+    const int64_t tiles = (args.tokens + tile_tokens - 1) / tile_tokens * expert_tiles;
+
+    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const int64_t t0 = tile / expert_tiles * tile_tokens;
+        const int e0 = (int)(tile % expert_tiles) * tile_experts;
+        const int tokens_here = args.tokens - t0 < tile_tokens ? (int)(args.tokens - t0) : tile_tokens;
+        const int experts_here = experts - e0 < tile_experts ? experts - e0 : tile_experts;
+        const char *x = (const char *)args.x + t0 * hidden * sizeof(T) + quad * sizeof(uint4);
+        const char *gate = (const char *)args.gate + (int64_t)e0 * hidden * sizeof(T) + quad * sizeof(uint4);
+
+        // Rows past the last token or expert are that one again; their sums are not stored. hidden is at most 2^20, so
+        // that a tile spans less than 4 GB.
+        uint32_t x_row[2 * MI], gate_row[NI];
+#pragma unroll
+        for (int i = 0; i < 2 * MI; i++)
+            x_row[i] = (uint32_t)min(i * 8 + row, tokens_here - 1) * (uint32_t)(hidden * sizeof(T));
+#pragma unroll
+        for (int j = 0; j < NI; j++)
+            gate_row[j] = (uint32_t)min(j * 8 + row, experts_here - 1) * (uint32_t)(hidden * sizeof(T));
+
+        float sum[MI][NI][4] = {};
+        const auto steps = [&](int k0, auto whole) {
+            const char *x_at = x + k0 * sizeof(T), *gate_at = gate + k0 * sizeof(T);
+            uint4 xv[AHEAD][2 * MI], wv[AHEAD][NI];
+#pragma unroll
+            for (int a = 0; a < AHEAD; a++) {
+                const bool there = whole.value || k0 + a * STEP + quad * 8 < end;
+#pragma unroll
+                for (int i = 0; i < 2 * MI; i++)
+                    xv[a][i] = there ? *(const uint4 *)(x_at + x_row[i] + a * STEP * sizeof(T)) : uint4();
+#pragma unroll
+                for (int j = 0; j < NI; j++)
+                    wv[a][j] = there ? *(const uint4 *)(gate_at + gate_row[j] + a * STEP * sizeof(T)) : uint4();
+            }
+#pragma unroll
+            for (int a = 0; a < AHEAD; a++)
+#pragma unroll
+                for (int j = 0; j < NI; j++)
+#pragma unroll
+                    for (int i = 0; i < MI; i++)
+                        multiply<T>(sum[i][j], xv[a][2 * i], xv[a][2 * i + 1], wv[a][j]);
+        };
+        int k0 = begin;
+#pragma unroll 1
+        for (; k0 + AHEAD * STEP <= end; k0 += AHEAD * STEP)
+            steps(k0, moe_bool<true>());
+        if (k0 < end)
+            steps(k0, moe_bool<false>());
+
+#pragma unroll
+        for (int first = 0; first < PIECES; first += ROUND) {
+#pragma unroll
+            for (int p = 0; p < ROUND; p++) {
+                const float(&v)[4] = sum[(first + p) / NI][(first + p) % NI];
+                parts[p][warp][lane] = make_float4(v[0], v[1], v[2], v[3]);
+            }
+            __syncthreads();
+            if (warp < ROUND) { // warp w adds up piece w of the round
+                float v[4] = {};
+#pragma unroll
+                for (int s = 0; s < SLICES; s++) {
+                    const float4 part = parts[warp][s][lane];
+                    v[0] += part.x;
+                    v[1] += part.y;
+                    v[2] += part.z;
+                    v[3] += part.w;
+                }
+                const int t = (first + warp) / NI * 16 + row, e = (first + warp) % NI * 8 + quad * 2;
+                float *logits = args.logits + (t0 + t) * experts + e0 + e;
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (t + i / 2 * 8 < tokens_here && e + i % 2 < experts_here)
+                        logits[(int64_t)(i / 2 * 8) * experts + i % 2] = moe_round_to(v[i], args.logits_dtype);
+            }
+            __syncthreads(); // parts are written again
+        }
+    }
+}
+
+// Rows of x and gate that the busiest SM reads with tiles of this size: what a tile shape is judged by, since the
+// kernel waits for memory, L2 at the least.
+inline int64_t rows_per_sm(const struct moe_gate_args *args, int sms, int tokens, int experts)
+{
+    const int64_t tiles = moe_ceil_div(args->tokens, tokens) * moe_ceil_div(args->experts, experts);
+    return moe_ceil_div(tiles, sms) * (tokens + experts);
+}
+
+template <typename T, int MI, int NI, int AHEAD, int BLOCKS> struct tensor_tile {
+    static constexpr int TOKENS = 16 * MI, EXPERTS = 8 * NI;
+
+    static void launch(const struct moe_gate_args *args, const struct moe_gpu *gpu, int tokens, int experts)
+    {
+        const int64_t tiles = moe_ceil_div(args->tokens, tokens) * moe_ceil_div(args->experts, experts);
+        const unsigned grid = moe_grid(tiles, gpu->max_sms, gpu->sms, BLOCKS);
+        moe_launch(logits_tensor<T, MI, NI, AHEAD, BLOCKS>, grid, SLICES * 32, 0, gpu->stream, gpu->dependent, *args,
+                   tokens, experts);
+    }
+};
+
+// All but the smallest tile, which can be cut down. 16 loads or more in flight a thread, as far as registers go.
+template <typename T, typename F> void for_each_tile(F f)
+{
+    f(tensor_tile<T, 4, 8, 1, 1>());
+    f(tensor_tile<T, 4, 4, 2, 1>());
+    f(tensor_tile<T, 2, 8, 2, 1>());
+    f(tensor_tile<T, 2, 4, 4, 1>());
+    f(tensor_tile<T, 2, 2, 2, 2>());
+    f(tensor_tile<T, 2, 1, 4, 2>());
+}
+
+// Large tiles read less from L2, small ones keep every SM busy. A tile twice as wide as there are experts would only
+// multiply zeros.
+template <typename T> void launch_tensor(const struct moe_gate_args *args, const struct moe_gpu *gpu)
+{
+    const int sms = gpu->max_sms > 0 ? gpu->max_sms : gpu->sms;
+    int64_t least = INT64_MAX;
+    int tokens = 0, experts = 0;
+    const auto consider = [&](int t, int e) {
+        const int64_t rows = rows_per_sm(args, sms, t, e);
+        if (rows < least) {
+            least = rows;
+            tokens = t;
+            experts = e;
+        }
+    };
+    for_each_tile<T>([&](auto tile) {
+        if (args->experts > tile.EXPERTS / 2)
+            consider(tile.TOKENS, tile.EXPERTS);
+    });
+    typedef tensor_tile<T, 1, 1, 8, 2> smallest;
+    for (int t = smallest::TOKENS; t > 0; t /= 2)
+        for (int e = smallest::EXPERTS; e > 0; e /= 2)
+            consider(t, e);
+
+    if (tokens <= smallest::TOKENS)
+        smallest::launch(args, gpu, tokens, experts);
+    else
+        for_each_tile<T>([&](auto tile) {
+            if (tile.TOKENS == tokens && tile.EXPERTS == experts)
+                tile.launch(args, gpu, tokens, experts);
+        });
+}
+
+// ---- Logits with FMAs ----
 //
 // A block takes TM tokens x TE experts. Its warps share the hidden dimension, piece by piece of VEC elements a lane;
 // the lanes' sums meet in a fixed tree and the warps' in order. The order of additions for one token and expert depends
@@ -22,6 +207,8 @@ template <typename X, typename W, int TM, int TE, bool ALIGNED>
 __global__ void __launch_bounds__(LOGIT_WARPS * 32, 2) logits_kernel(const moe_gate_args args)
 {
     __shared__ float parts[LOGIT_WARPS][TM * TE];
+    moe_grid_launch_dependents();
+    moe_grid_wait();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t hidden = args.hidden;
     const int expert_tiles = (args.experts + TE - 1) / TE;
@@ -84,24 +271,24 @@ __global__ void __launch_bounds__(LOGIT_WARPS * 32, 2) logits_kernel(const moe_g
 }
 
 template <typename X, typename W, int TM, int TE, bool ALIGNED>
-void launch_logits(const struct moe_gate_args *args, int32_t max_sms, int32_t sms, cudaStream_t stream)
+void launch_logits(const struct moe_gate_args *args, const struct moe_gpu *gpu)
 {
     const int64_t expert_tiles = moe_ceil_div(args->experts, TE);
     const int64_t tiles = moe_ceil_div(args->tokens, TM) * expert_tiles;
-    unsigned grid = moe_grid(tiles, max_sms, sms, TM * TE == 1 ? 8 : 2);
+    unsigned grid = moe_grid(tiles, gpu->max_sms, gpu->sms, TM * TE == 1 ? 8 : 2);
     // A block whose stride is a multiple of the expert tiles keeps its experts' weights in L1.
     if (grid > expert_tiles)
         grid -= (unsigned)(grid % expert_tiles);
-    logits_kernel<X, W, TM, TE, ALIGNED><<<grid, LOGIT_WARPS * 32, 0, stream>>>(*args);
+    moe_launch(logits_kernel<X, W, TM, TE, ALIGNED>, grid, LOGIT_WARPS * 32, 0, gpu->stream, gpu->dependent, *args);
 }
 
 // ---- Top-k ----
 //
-// One warp a token, PER logits a lane (expert 32 j + lane in key[j]). A key is the logit's bits turned so that unsigned
-// order is the order of the contract: NaN above every number, -0 equal to 0. Key 0, below every logit's, stands for "no
-// such expert" and "taken".
+// One warp a token, PER logits a lane: key[j] is that of expert_at(j, lane). A key is the logit's bits turned so that
+// unsigned order is the order of the contract: NaN above every number, -0 equal to 0. Key 0, below every logit's,
+// stands for "no such expert" and "taken".
 
-constexpr int TOPK_WARPS = 4;
+constexpr int TOPK_WARPS = 8;
 
 __device__ inline uint32_t key_of(float logit)
 {
@@ -116,119 +303,150 @@ __device__ inline float logit_of(uint32_t key)
     return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-template <int PER> __global__ void __launch_bounds__(TOPK_WARPS * 32) topk_kernel(const moe_gate_args args)
+// A lane's experts rise with j. VEC neighbours share a lane, so that it can load them at once.
+template <int VEC> __device__ inline int expert_at(int j, int lane)
 {
-    const int lane = threadIdx.x % 32;
-    const int64_t t = (int64_t)blockIdx.x * TOPK_WARPS + threadIdx.x / 32;
-    if (t >= args.tokens)
-        return;
-    const float *logits = args.logits + t * args.experts;
+    return j / VEC * 32 * VEC + lane * VEC + j % VEC;
+}
 
-    uint32_t key[PER];
-    uint32_t top = 0;
-#pragma unroll
-    for (int j = 0; j < PER; j++) {
-        key[j] = j * 32 + lane < args.experts ? key_of(logits[j * 32 + lane]) : 0;
-        top = key[j] > top ? key[j] : top;
-    }
-    const float largest = logit_of(__reduce_max_sync(ALL_LANES, top));
-
-    float all = 0.0f;
+// The largest key of this lane and its expert, the lowest if several have it.
+template <int PER, int VEC> __device__ inline void find_best(const uint32_t (&key)[PER], uint32_t &best, int &expert)
+{
+    best = 0;
+    expert = 0;
 #pragma unroll
     for (int j = 0; j < PER; j++)
-        if (key[j] != 0)
-            all += expf(logit_of(key[j]) - largest);
-    for (int d = 16; d > 0; d /= 2)
-        all += __shfl_xor_sync(ALL_LANES, all, d);
+        if (key[j] > best) {
+            best = key[j];
+            expert = expert_at<VEC>(j, threadIdx.x % 32);
+        }
+}
 
-    // Round k finds the k-th largest; lane k % 32 keeps it.
-    int32_t id[MOE_MAX_TOP_K / 32] = {};
-    float weight[MOE_MAX_TOP_K / 32] = {};
-    float selected = 0.0f;
-    for (int k = 0; k < args.top_k; k++) {
-        uint32_t best = 0;
-        int best_j = 0;
+template <int PER, int VEC> __global__ void __launch_bounds__(TOPK_WARPS * 32) topk_kernel(const moe_gate_args args)
+{
+    constexpr int KEPT = MOE_MAX_TOP_K / 32;
+    moe_grid_launch_dependents();
+    moe_grid_wait();
+
+    const int lane = threadIdx.x % 32;
+    const int64_t warps = (int64_t)gridDim.x * TOPK_WARPS;
+    for (int64_t t = (int64_t)blockIdx.x * TOPK_WARPS + threadIdx.x / 32; t < args.tokens; t += warps) {
+        const float *logits = args.logits + t * args.experts;
+        uint32_t key[PER];
+#pragma unroll
+        for (int j = 0; j < PER; j += VEC) {
+            const int e = expert_at<VEC>(j, lane);
+            float v[VEC] = {};
+            if (e < args.experts)
+                moe_load<VEC != 1>(logits + e, VEC, v);
+#pragma unroll
+            for (int i = 0; i < VEC; i++)
+                key[j + i] = e < args.experts ? key_of(v[i]) : 0;
+        }
+
+        uint32_t best;
+        int mine;
+        find_best<PER, VEC>(key, best, mine);
+        const float largest = logit_of(__reduce_max_sync(ALL_LANES, best));
+        float all = 0.0f;
 #pragma unroll
         for (int j = 0; j < PER; j++)
-            if (key[j] > best) {
-                best = key[j];
-                best_j = j;
-            }
-        const uint32_t won = __reduce_max_sync(ALL_LANES, best);
-        const int mine = best_j * 32 + lane;
-        const int expert = __reduce_min_sync(ALL_LANES, best == won ? mine : INT32_MAX);
-#pragma unroll
-        for (int j = 0; j < PER; j++)
-            if (j * 32 + lane == expert)
-                key[j] = 0;
+            if (key[j] != 0)
+                all += expf(logit_of(key[j]) - largest);
+        for (int d = 16; d > 0; d /= 2)
+            all += __shfl_xor_sync(ALL_LANES, all, d);
 
-        const float p = expf(logit_of(won) - largest) / all;
-        selected += p;
+        // Round k finds the k-th largest; lane k % 32 keeps it. Only the lane that had it looks for its next best.
+        int32_t id[KEPT] = {};
+        uint32_t won[KEPT] = {};
+        for (int k = 0; k < args.top_k; k++) {
+            const uint32_t winner = __reduce_max_sync(ALL_LANES, best);
+            const int expert = __reduce_min_sync(ALL_LANES, best == winner ? mine : INT32_MAX);
+            if (mine == expert && best == winner) {
 #pragma unroll
-        for (int i = 0; i < MOE_MAX_TOP_K / 32; i++)
-            if (k == i * 32 + lane) {
-                id[i] = expert;
-                weight[i] = p;
+                for (int j = 0; j < PER; j++)
+                    if (expert_at<VEC>(j, lane) == expert)
+                        key[j] = 0;
+                find_best<PER, VEC>(key, best, mine);
             }
-    }
-
 #pragma unroll
-    for (int i = 0; i < MOE_MAX_TOP_K / 32; i++) {
-        const int k = i * 32 + lane;
-        if (k < args.top_k) {
-            const float p = args.renormalize ? weight[i] / selected : weight[i];
-            args.ids[t * args.top_k + k] = id[i];
-            args.weights[t * args.top_k + k] = moe_round_to(p, args.topk_weight_dtype);
+            for (int i = 0; i < KEPT; i++)
+                if (k == i * 32 + lane) {
+                    id[i] = expert;
+                    won[i] = winner;
+                }
+        }
+
+        float weight[KEPT], selected = 0.0f;
+#pragma unroll
+        for (int i = 0; i < KEPT; i++) {
+            weight[i] = i * 32 + lane < args.top_k ? expf(logit_of(won[i]) - largest) / all : 0.0f;
+            selected += weight[i];
+        }
+        for (int d = 16; d > 0; d /= 2)
+            selected += __shfl_xor_sync(ALL_LANES, selected, d);
+#pragma unroll
+        for (int i = 0; i < KEPT; i++) {
+            const int k = i * 32 + lane;
+            if (k < args.top_k) {
+                const float p = args.renormalize ? weight[i] / selected : weight[i];
+                args.ids[t * args.top_k + k] = id[i];
+                args.weights[t * args.top_k + k] = moe_round_to(p, args.topk_weight_dtype);
+            }
         }
     }
 }
 
-template <int PER> void launch_topk(const struct moe_gate_args *args, cudaStream_t stream)
+template <int PER> void launch_topk(const struct moe_gate_args *args, const struct moe_gpu *gpu)
 {
     if constexpr (PER * 32 < MOE_MAX_EXPERTS) {
         if (args->experts > PER * 32) {
-            launch_topk<PER * 2>(args, stream);
+            launch_topk<PER * 2>(args, gpu);
             return;
         }
     }
-    const unsigned grid = (unsigned)moe_ceil_div(args->tokens, TOPK_WARPS);
-    topk_kernel<PER><<<grid, TOPK_WARPS * 32, 0, stream>>>(*args);
+    constexpr int VEC = PER < 4 ? PER : 4;
+    const unsigned grid = moe_grid(moe_ceil_div(args->tokens, TOPK_WARPS), gpu->max_sms, gpu->sms, 8);
+    const bool vectors = args->experts % VEC == 0 && moe_aligned16(args->logits);
+    moe_launch(vectors ? topk_kernel<PER, VEC> : topk_kernel<PER, 1>, grid, TOPK_WARPS * 32, 0, gpu->stream,
+               gpu->dependent, *args);
 }
 
 } // namespace
 
-moe_status moe_logits_cuda(const struct moe_gate_args *args, int32_t max_sms, void *stream)
+moe_status moe_logits_cuda(const struct moe_gate_args *args, const struct moe_gpu *gpu)
 {
     if (args->tokens == 0)
         return MOE_OK;
 
-    int device = 0, sms = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-        return moe_launched(NULL, "logits");
-
     const bool aligned = args->hidden % VEC == 0 && moe_aligned16(args->x) && moe_aligned16(args->gate);
     // Large tiles read x and the gate less often; small ones keep every SM busy with few tokens.
-    const bool large = moe_ceil_div(args->tokens, 4) * moe_ceil_div(args->experts, 8) >= sms;
+    const bool large = moe_ceil_div(args->tokens, 4) * moe_ceil_div(args->experts, 8) >= gpu->sms;
     moe_with_dtype(args->x_dtype, [&](auto x) {
         moe_with_dtype(args->gate_dtype, [&](auto w) {
             typedef decltype(x) X;
             typedef decltype(w) W;
+            if constexpr (sizeof(X) == 2 && std::is_same<X, W>::value) {
+                if (aligned) {
+                    launch_tensor<X>(args, gpu);
+                    return;
+                }
+            }
             if (!aligned)
-                launch_logits<X, W, 1, 1, false>(args, max_sms, sms, (cudaStream_t)stream);
+                launch_logits<X, W, 1, 1, false>(args, gpu);
             else if (large)
-                launch_logits<X, W, 4, sizeof(W) == 4 ? 4 : 8, true>(args, max_sms, sms, (cudaStream_t)stream);
+                launch_logits<X, W, 4, sizeof(W) == 4 ? 4 : 8, true>(args, gpu);
             else
-                launch_logits<X, W, 1, 1, true>(args, max_sms, sms, (cudaStream_t)stream);
+                launch_logits<X, W, 1, 1, true>(args, gpu);
         });
     });
     return moe_launched(NULL, "logits");
 }
 
-moe_status moe_topk_cuda(const struct moe_gate_args *args, void *stream)
+moe_status moe_topk_cuda(const struct moe_gate_args *args, const struct moe_gpu *gpu)
 {
     if (args->tokens == 0)
         return MOE_OK;
-    launch_topk<1>(args, (cudaStream_t)stream);
+    launch_topk<1>(args, gpu);
     return moe_launched(NULL, "topk");
 }

@@ -7,11 +7,21 @@
 #ifndef MOE_ROUTER_ROUTER_H
 #define MOE_ROUTER_ROUTER_H
 
+#include <stdbool.h>
+
 #include "moe.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+/* What the CUDA forms run on. */
+struct moe_gpu {
+    void *stream;
+    int32_t sms;     /* of the device */
+    int32_t max_sms; /* to use; 0: all */
+    bool dependent;  /* compute capability 9.0: kernels may start ahead (kernels/cuda/common/launch.cuh) */
+};
 
 /* T tokens, H hidden, E experts, K top_k. */
 struct moe_gate_args {
@@ -34,8 +44,8 @@ void moe_logits_ref(const struct moe_gate_args *args);
  * of the K. */
 void moe_topk_ref(const struct moe_gate_args *args, int64_t begin, int64_t end);
 
-moe_status moe_logits_cuda(const struct moe_gate_args *args, int32_t max_sms, void *stream);
-moe_status moe_topk_cuda(const struct moe_gate_args *args, void *stream);
+moe_status moe_logits_cuda(const struct moe_gate_args *args, const struct moe_gpu *gpu);
+moe_status moe_topk_cuda(const struct moe_gate_args *args, const struct moe_gpu *gpu);
 
 /*
  * The plan. G groups (sets of weights), T tokens with S slots each; rows of one group stand together, in the order of
@@ -43,12 +53,12 @@ moe_status moe_topk_cuda(const struct moe_gate_args *args, void *stream);
  * [0, experts), or one that expert_group maps to -1, gets no row. The same id twice in a token gets two rows.
  */
 struct moe_plan {
-    int32_t *counts;     /* [G] */
-    int32_t *offsets;    /* [G + 1] */
-    int32_t *row_token;  /* [T * S], the first R in use */
-    int32_t *row_slot;   /* [T * S] */
-    float *row_weight;   /* [T * S] */
-    int32_t *slot_row;   /* [T, S]: the row of that slot, -1: none */
+    int32_t *counts;    /* [G] */
+    int32_t *offsets;   /* [G + 1] */
+    int32_t *row_token; /* [T * S], the first R in use */
+    int32_t *row_slot;  /* [T * S] */
+    float *row_weight;  /* [T * S] */
+    int32_t *slot_row;  /* [T, S]: the row of that slot, -1: none */
 };
 
 struct moe_plan_args {
@@ -61,16 +71,17 @@ struct moe_plan_args {
     moe_dtype ids_dtype;         /* MOE_I32 or MOE_I64 */
     const float *weights;        /* [T, S] */
     struct moe_plan plan;
-    void *scratch;               /* moe_plan_scratch_bytes, on the device that runs it */
+    void *scratch; /* moe_plan_scratch_bytes, on the device that runs it */
 };
 
-/* The CUDA form counts each block of this many (token, slot) pairs by itself: its scratch is int32 [blocks][groups]. */
+/* The CUDA form counts ranges of at least this many (token, slot) pairs, each by itself: its scratch is int32
+ * [ranges][groups]. */
 enum { MOE_PLAN_BLOCK = 1024 };
 
 /* T * S must be at most INT32_MAX. Serves both forms (plan_ref.c). */
 size_t moe_plan_scratch_bytes(int64_t tokens, int32_t slots, int32_t groups);
 void moe_plan_ref(const struct moe_plan_args *args);
-moe_status moe_plan_cuda(const struct moe_plan_args *args, void *stream);
+moe_status moe_plan_cuda(const struct moe_plan_args *args, const struct moe_gpu *gpu);
 
 #ifdef __cplusplus
 }

@@ -33,8 +33,8 @@ void moe_call_shape(struct moe_call *call, const moe_layer *layer, int64_t token
         .slots = slots,
         .dtype = d->dtype,
         .activation = d->activation,
-        .w13 = {w->w13, d->dtype, d->num_experts, 2 * d->intermediate_size, d->hidden_size},
-        .w2 = {w->w2, d->dtype, d->num_experts, d->hidden_size, d->intermediate_size},
+        .w13 = moe_part_view(d, MOE_PART_W13, w->layout, w->w13),
+        .w2 = moe_part_view(d, MOE_PART_W2, w->layout, w->w2),
         .io_dtype = io_dtype,
         .gate = {.tokens = tokens,
                  .hidden = d->hidden_size,
@@ -93,6 +93,17 @@ static moe_status check_batch(const moe_layer *layer, const moe_batch *batch, un
     return MOE_OK;
 }
 
+static moe_status check_config(const struct moe_path_info *path, int32_t config, struct moe_error *err)
+{
+    if (config == 0 || moe_path_config_name(path->path, config) != NULL)
+        return MOE_OK;
+    int32_t last = 0;
+    while (moe_path_config_name(path->path, last + 1) != NULL)
+        last++;
+    return moe_fail(err, MOE_ERROR_INVALID_ARGUMENT, "moe_batch.config is %d, expected 0 to %d on path '%s'",
+                    (int)config, (int)last, moe_path_name(path->path));
+}
+
 static moe_status check_workspace(const void *workspace, size_t bytes, size_t needed, struct moe_error *err)
 {
     if (workspace == NULL)
@@ -104,18 +115,22 @@ static moe_status check_workspace(const void *workspace, size_t bytes, size_t ne
     return MOE_OK;
 }
 
-moe_status moe_call_prepare(struct moe_call *call, const moe_layer *layer, const moe_batch *batch, unsigned stages,
+moe_status moe_call_prepare(struct moe_call *call, const moe_layer *layer, const moe_batch *given, unsigned stages,
                             void *workspace, size_t bytes, void *stream, const struct moe_path_info **path,
                             struct moe_error *err)
 {
     const bool routes = stages & MOE_STAGE_TOPK;
-    if (!moe_struct_ok(batch, sizeof *batch, "moe_batch", err))
+    moe_batch whole;
+    const moe_batch *batch = &whole;
+    if (!moe_struct_in(&whole, given, MOE_BATCH_FIRST, sizeof whole, "moe_batch", err))
         return MOE_ERROR_INVALID_ARGUMENT;
     const int32_t slots = !routes && batch->top_k != 0 ? batch->top_k : layer->desc.top_k;
     moe_status status = check_batch(layer, batch, stages, slots, err);
     if (status != MOE_OK)
         return status;
     status = moe_choose(layer, batch->path, batch->tokens, path, err);
+    if (status == MOE_OK)
+        status = check_config(*path, batch->config, err);
     if (status != MOE_OK)
         return status;
     err->text[0] = 0; /* the reason for the choice is not a failure */
@@ -124,6 +139,7 @@ moe_status moe_call_prepare(struct moe_call *call, const moe_layer *layer, const
     call->stream = stream;
     call->error = err;
     call->max_sms = batch->max_sms;
+    call->config = batch->config;
     call->input = batch->hidden_states;
     call->output = batch->output;
     if (batch->tokens == 0)

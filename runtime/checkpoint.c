@@ -47,7 +47,7 @@ moe_status moe_checkpoint_describe(const moe_checkpoint *checkpoint, moe_checkpo
             filled.first_moe_layer = i;
     filled.num_files = moe_model_file_count(checkpoint->model);
     filled.file_bytes = moe_model_file_bytes(checkpoint->model);
-    moe_status status = moe_struct_out(info, &filled, sizeof filled, "moe_checkpoint_info", &err);
+    moe_status status = moe_struct_out(info, &filled, sizeof *info, sizeof *info, "moe_checkpoint_info", &err);
     return moe_context_report(checkpoint->ctx, status, &err);
 }
 
@@ -59,7 +59,7 @@ moe_status moe_checkpoint_layer(const moe_checkpoint *checkpoint, int32_t index,
     struct moe_layer_source source;
     moe_status status = moe_model_layer(checkpoint->model, index, &source, &err);
     if (status == MOE_OK) {
-        status = moe_struct_out(desc, &source.desc, sizeof source.desc, "moe_layer_desc", &err);
+        status = moe_struct_out(desc, &source.desc, sizeof *desc, sizeof *desc, "moe_layer_desc", &err);
         moe_layer_source_free(&source);
     }
     return moe_context_report(checkpoint->ctx, status, &err);

@@ -54,7 +54,7 @@ void moe_context_log(const moe_context *ctx, moe_log_level level, const char *fo
     ctx->log(ctx->log_user, level, text);
 }
 
-bool moe_struct_ok(const void *given, size_t known, const char *name, struct moe_error *err)
+static bool struct_ok(const void *given, size_t first, size_t known, const char *name, struct moe_error *err)
 {
     if (given == NULL) {
         moe_fail(err, MOE_ERROR_INVALID_ARGUMENT, "%s is NULL", name);
@@ -62,9 +62,9 @@ bool moe_struct_ok(const void *given, size_t known, const char *name, struct moe
     }
     size_t size;
     memcpy(&size, given, sizeof size); /* every such struct begins with its size */
-    if (size < known) {
+    if (size < first) {
         moe_fail(err, MOE_ERROR_INVALID_ARGUMENT, "%s.size is %zu, expected at least %zu: use %s_init()", name, size,
-                 known, name);
+                 first, name);
         return false;
     }
     /* A caller with a newer header may ask for what this library does not know; it must not be dropped in silence. */
@@ -78,13 +78,31 @@ bool moe_struct_ok(const void *given, size_t known, const char *name, struct moe
     return true;
 }
 
-moe_status moe_struct_out(void *given, const void *filled, size_t known, const char *name, struct moe_error *err)
+bool moe_struct_ok(const void *given, size_t known, const char *name, struct moe_error *err)
+{
+    return struct_ok(given, known, known, name, err);
+}
+
+bool moe_struct_in(void *ours, const void *given, size_t first, size_t known, const char *name, struct moe_error *err)
 {
     size_t size;
-    if (!moe_struct_ok(given, known, name, err))
+    if (!struct_ok(given, first, known, name, err))
+        return false;
+    memcpy(&size, given, sizeof size);
+    memset(ours, 0, known);
+    memcpy(ours, given, size < known ? size : known);
+    memcpy(ours, &known, sizeof known);
+    return true;
+}
+
+moe_status moe_struct_out(void *given, const void *filled, size_t first, size_t known, const char *name,
+                          struct moe_error *err)
+{
+    size_t size;
+    if (!struct_ok(given, first, known, name, err))
         return MOE_ERROR_INVALID_ARGUMENT;
     memcpy(&size, given, sizeof size);
-    memcpy(given, filled, known);
+    memcpy(given, filled, size < known ? size : known);
     memcpy(given, &size, sizeof size);
     return MOE_OK;
 }
@@ -217,6 +235,6 @@ moe_status moe_context_device(const moe_context *ctx, moe_device_info *info)
     struct moe_error err = {{0}};
     if (ctx == NULL)
         return moe_context_report(NULL, MOE_ERROR_INVALID_ARGUMENT, NULL);
-    moe_status status = moe_struct_out(info, &ctx->info, sizeof ctx->info, "moe_device_info", &err);
+    moe_status status = moe_struct_out(info, &ctx->info, sizeof *info, sizeof *info, "moe_device_info", &err);
     return moe_context_report((moe_context *)ctx, status, &err);
 }

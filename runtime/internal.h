@@ -5,6 +5,7 @@
 
 #include <pthread.h>
 #include <stdbool.h>
+#include <stddef.h>
 
 #include "kernels/cuda/device.h"
 #include "kernels/kernels.h"
@@ -28,7 +29,7 @@ struct moe_checkpoint {
 struct moe_layer {
     moe_context *ctx;
     moe_layer_desc desc;
-    moe_layer_weights weights;
+    moe_layer_weights weights;   /* its layout is never AUTO */
     void *parts[MOE_PART_COUNT]; /* memory that the layer owns; NULL: the caller's */
     uint64_t part_bytes[MOE_PART_COUNT];
 };
@@ -38,11 +39,27 @@ moe_status moe_context_report(moe_context *ctx, moe_status status, const struct 
 void moe_context_log(const moe_context *ctx, moe_log_level level, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
+/* What a caller's struct must have at least where this version's is longer: the bytes of the library's first version.
+ */
+enum {
+    MOE_LOAD_OPTIONS_FIRST = offsetof(moe_load_options, layout),
+    MOE_LAYER_WEIGHTS_FIRST = offsetof(moe_layer_weights, layout),
+    MOE_BATCH_FIRST = offsetof(moe_batch, config),
+};
+
 /* True if a caller's struct (which begins with its size) has the `known` bytes of this version, and nothing set beyond
  * them. */
 bool moe_struct_ok(const void *given, size_t known, const char *name, struct moe_error *err);
-/* Fills a caller's struct from ours, keeping its size. */
-moe_status moe_struct_out(void *given, const void *filled, size_t known, const char *name, struct moe_error *err);
+/* The same for a struct that has grown: one of `first` bytes or more is copied to `ours`, and what it lacks is zero. */
+bool moe_struct_in(void *ours, const void *given, size_t first, size_t known, const char *name, struct moe_error *err);
+/* Fills a caller's struct from ours as far as it reaches, keeping its size. */
+moe_status moe_struct_out(void *given, const void *filled, size_t first, size_t known, const char *name,
+                          struct moe_error *err);
+
+/* The stack of matrices of a layer's part, MOE_PART_W13 or MOE_PART_W2, and its bytes (layer.c). */
+struct moe_weights_view moe_part_view(const moe_layer_desc *desc, enum moe_part part, moe_layout layout,
+                                      const void *data);
+uint64_t moe_view_bytes(const struct moe_weights_view *view);
 
 /* ---- Stages, steps and paths (paths.c) ---- */
 
@@ -76,9 +93,11 @@ struct moe_path_info {
     moe_path path;
     moe_device device;
     bool synchronises; /* reads counts on the host: cannot be captured */
+    unsigned layouts;  /* of weights that it reads: MOE_LAYOUT_ROW_MAJOR | MOE_LAYOUT_PACKED */
     unsigned needs;
     moe_dtype gate_up_dtype, act_dtype, down_dtype; /* MOE_DTYPE_NONE: the layer's */
     size_t (*scratch)(const struct moe_call *call); /* NULL: none; looks at shapes only */
+    const char *(*config_name)(int32_t config);     /* from 1 until it is NULL; NULL: one way to run */
     const struct moe_step *steps;                   /* ends with run == NULL; NULL: not in this build */
     const char *why_not;                            /* if steps is NULL */
 };
@@ -86,9 +105,18 @@ struct moe_path_info {
 /* NULL for AUTO and for a number that is no path. */
 const struct moe_path_info *moe_path_info_get(moe_path path);
 
-/* The path that a batch of `tokens` runs on (choose.c), with the reason for or against it in `why`. */
+/* ---- Choice (choose.c) ---- */
+
+/* The path that a batch of `tokens` runs on, with the reason for or against it in `why`. */
 moe_status moe_choose(const moe_layer *layer, moe_path wanted, int64_t tokens, const struct moe_path_info **info,
                       struct moe_error *why);
+
+/* The layout for weights like `desc` where `wanted` is asked for: never AUTO. */
+moe_status moe_choose_layout(const moe_context *ctx, const moe_layer_desc *desc, moe_layout wanted, moe_layout *layout,
+                             struct moe_error *err);
+
+/* "row-major", "packed" or, for a mask of both, "packed or row-major". */
+const char *moe_layouts_name(unsigned layouts);
 
 /* ---- Workspace (workspace.c): one function both sizes and carves ---- */
 

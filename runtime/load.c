@@ -2,7 +2,8 @@
 /*
  * The loader: a layer's segments, in file order, are cut into chunks; a round is a run of chunks that the context's
  * threads read together. On the CPU a chunk goes from the file straight to its place. On CUDA a round fills one pinned
- * buffer, whose copy to the device runs while the next round is read. What was read stays in the page cache, which is
+ * buffer, whose copy to the device runs while the next round is read; if the layer is packed the copy lands beside the
+ * weights, and a kernel on the copies' stream puts it into place. What was read stays in the page cache, which is
  * the system's to manage; the process holds one copy of the layer.
  *
  * Rounds are short so that progress is reported, and other calls get the threads, between them.
@@ -68,7 +69,8 @@ struct round {
     uint64_t chunk; /* bytes; the last chunk of a segment may be shorter */
     int64_t chunks;
     void *const *parts; /* where chunks go, */
-    char *stage;        /* unless this is set: start goes to stage[0], and the round stays within one segment */
+    char *stage;        /* unless this is set: start goes to stage[0], */
+    uint64_t bytes;     /* and the round ends after as many bytes, within one segment */
 
     atomic_llong next;  /* the first chunk that no thread has taken */
     atomic_bool failed; /* the thread that sets it writes status and error */
@@ -107,8 +109,11 @@ static void read_chunks(void *argument, int32_t thread, int32_t threads)
             step(&at, round->chunk);
         char *to = round->stage != NULL ? round->stage + (at.offset - round->start.offset)
                                         : (char *)round->parts[at.segment->part] + at.segment->part_offset + at.offset;
+        uint64_t bytes = chunk_bytes(&at, round->chunk), end = round->start.offset + round->bytes;
+        if (round->stage != NULL && bytes > end - at.offset)
+            bytes = end - at.offset;
         struct moe_error error = {{0}};
-        moe_status status = moe_segment_read(at.segment, at.offset, to, chunk_bytes(&at, round->chunk), &error);
+        moe_status status = moe_segment_read(at.segment, at.offset, to, bytes, &error);
         if (status != MOE_OK && !atomic_exchange(&round->failed, true)) {
             round->status = status;
             round->error = error;
@@ -177,22 +182,52 @@ static moe_status load_cpu(moe_context *ctx, const struct moe_layer_source *sour
     return MOE_OK;
 }
 
-static moe_status stage_segment(moe_context *ctx, struct moe_cuda_stage *stage, const struct moe_segment *segment,
-                                char *device, struct progress *progress, struct moe_error *err)
+/* Where the bytes of a part go on the device. */
+struct target {
+    char *data;
+    bool packed;
+    struct moe_weights_view view; /* if packed */
+    uint64_t row_bytes;           /* canonical; if packed */
+};
+
+/* A run of bytes of one segment that a pinned buffer holds. Packed: rows in groups of eight, as tensors have them, so
+ * that a run never ends within one. */
+static uint64_t stage_bytes(const struct target *target, uint64_t buffer)
 {
-    for (struct position at = {segment, 0}; at.segment == segment; step(&at, STAGE_BYTES)) {
+    uint64_t group = 8 * target->row_bytes;
+    return target->packed ? buffer / group * group : buffer;
+}
+
+static moe_status send_run(struct moe_cuda_stage *stage, const struct target *target, const struct position *at,
+                           uint64_t bytes, struct moe_error *err)
+{
+    const uint64_t offset = at->segment->part_offset + at->offset;
+    if (!target->packed)
+        return moe_cuda_stage_send(stage, target->data + offset, bytes, err);
+    return moe_cuda_stage_pack(stage, &target->view, at->segment->part == MOE_PART_W13,
+                               (int64_t)(offset / target->row_bytes), (int64_t)(bytes / target->row_bytes),
+                               target->data, err);
+}
+
+static moe_status stage_segment(moe_context *ctx, struct moe_cuda_stage *stage, uint64_t buffer,
+                                const struct moe_segment *segment, const struct target *target,
+                                struct progress *progress, struct moe_error *err)
+{
+    const uint64_t most = stage_bytes(target, buffer);
+    for (struct position at = {segment, 0}; at.segment == segment; step(&at, most)) {
         void *host;
         moe_status status = moe_cuda_stage_next(stage, &host, err);
         if (status != MOE_OK)
             return status;
-        uint64_t bytes = chunk_bytes(&at, STAGE_BYTES);
+        uint64_t bytes = chunk_bytes(&at, most);
         struct round round = {.start = at,
                               .chunk = STAGE_CHUNK,
                               .chunks = (int64_t)((bytes + STAGE_CHUNK - 1) / STAGE_CHUNK),
-                              .stage = host};
+                              .stage = host,
+                              .bytes = bytes};
         status = run_round(ctx, &round, err);
         if (status == MOE_OK)
-            status = moe_cuda_stage_send(stage, device + at.offset, bytes, err);
+            status = send_run(stage, target, &at, bytes, err);
         if (status != MOE_OK)
             return status;
         report(progress, bytes);
@@ -200,24 +235,39 @@ static moe_status stage_segment(moe_context *ctx, struct moe_cuda_stage *stage, 
     return MOE_OK;
 }
 
-static moe_status load_cuda(moe_context *ctx, const struct moe_layer_source *source, void *const *parts,
-                            struct progress *progress, struct moe_error *err)
+static moe_status load_cuda(moe_context *ctx, const struct moe_layer_source *source, moe_layout layout,
+                            void *const *parts, struct progress *progress, struct moe_error *err)
 {
+    const bool packed = layout == MOE_LAYOUT_PACKED;
+    struct target targets[MOE_PART_COUNT];
+    uint64_t expert_bytes = 0;
+    for (int part = 0; part < MOE_PART_COUNT; part++) {
+        struct target *target = &targets[part];
+        *target = (struct target){.data = parts[part], .packed = packed && part != MOE_PART_GATE};
+        if (!target->packed)
+            continue;
+        target->view = moe_part_view(&source->desc, (enum moe_part)part, layout, parts[part]);
+        target->row_bytes = (uint64_t)target->view.cols * moe_dtype_size(target->view.dtype);
+        expert_bytes += (uint64_t)target->view.rows * target->row_bytes;
+    }
+    /* What has landed and is not in its place yet is held twice: never more than one expert. Either size holds eight
+     * rows. */
+    const uint64_t buffer = packed && expert_bytes < STAGE_BYTES ? expert_bytes : STAGE_BYTES;
     struct moe_cuda_stage *stage;
-    moe_status status = moe_cuda_stage_create(ctx->info.device_index, STAGE_BYTES, &stage, err);
+    moe_status status = moe_cuda_stage_create(ctx->info.device_index, buffer, packed, &stage, err);
     if (status != MOE_OK)
         return status;
     for (size_t i = 0; i < source->segment_count && status == MOE_OK; i++) {
         const struct moe_segment *segment = &source->segments[i];
-        status = stage_segment(ctx, stage, segment, (char *)parts[segment->part] + segment->part_offset, progress, err);
+        status = stage_segment(ctx, stage, buffer, segment, &targets[segment->part], progress, err);
     }
     /* The first failure is the one to tell. */
     moe_status last = moe_cuda_stage_destroy(stage, status == MOE_OK ? err : NULL);
     return status == MOE_OK ? last : status;
 }
 
-moe_status moe_load_parts(moe_context *ctx, const struct moe_layer_source *source, void *const parts[MOE_PART_COUNT],
-                          const moe_load_options *options, struct moe_error *err)
+moe_status moe_load_parts(moe_context *ctx, const struct moe_layer_source *source, moe_layout layout,
+                          void *const parts[MOE_PART_COUNT], const moe_load_options *options, struct moe_error *err)
 {
     struct progress progress = {.options = options};
     int file = -1;
@@ -230,6 +280,6 @@ moe_status moe_load_parts(moe_context *ctx, const struct moe_layer_source *sourc
     }
     if (options != NULL && options->progress != NULL)
         options->progress(options->progress_user, 0, progress.total);
-    return ctx->info.device == MOE_DEVICE_CUDA ? load_cuda(ctx, source, parts, &progress, err)
+    return ctx->info.device == MOE_DEVICE_CUDA ? load_cuda(ctx, source, layout, parts, &progress, err)
                                                : load_cpu(ctx, source, parts, &progress, err);
 }

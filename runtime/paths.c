@@ -48,21 +48,29 @@ static const struct moe_step cpu_steps[] = {
 
 #ifdef MOE_HAVE_CUDA
 
+static struct moe_gpu gpu_of(const struct moe_call *call)
+{
+    return (struct moe_gpu){call->stream, call->exec->sms, call->max_sms, call->exec->compute_capability == 90};
+}
+
 static moe_status logits_cuda(const struct moe_call *call)
 {
-    moe_status status = moe_logits_cuda(&call->gate, call->max_sms, call->stream);
+    const struct moe_gpu gpu = gpu_of(call);
+    moe_status status = moe_logits_cuda(&call->gate, &gpu);
     return status == MOE_OK ? status : moe_fail(call->error, status, "the gate's kernel could not be launched");
 }
 
 static moe_status topk_cuda(const struct moe_call *call)
 {
-    moe_status status = moe_topk_cuda(&call->gate, call->stream);
+    const struct moe_gpu gpu = gpu_of(call);
+    moe_status status = moe_topk_cuda(&call->gate, &gpu);
     return status == MOE_OK ? status : moe_fail(call->error, status, "the top-k kernel could not be launched");
 }
 
 static moe_status plan_cuda(const struct moe_call *call)
 {
-    moe_status status = moe_plan_cuda(&call->plan, call->stream);
+    const struct moe_gpu gpu = gpu_of(call);
+    moe_status status = moe_plan_cuda(&call->plan, &gpu);
     return status == MOE_OK ? status : moe_fail(call->error, status, "the plan's kernels could not be launched");
 }
 
@@ -109,35 +117,88 @@ static const struct moe_step simple_steps[] = {
     {NULL, 0, NULL},
 };
 
-#define CUDA_STEPS(steps)     steps, NULL
-#define CUDA_SCRATCH(scratch) scratch
+static const struct moe_step prefill_steps[] = {
+    ROUTE_CUDA,
+    {"ffn", MOE_STAGE_GATHER | MOE_STAGE_GEMM1 | MOE_STAGE_ACTIVATION | MOE_STAGE_GEMM2, moe_ffn_prefill},
+    {"combine", MOE_STAGE_COMBINE, moe_combine_cuda},
+    {NULL, 0, NULL},
+};
+
+#define CUDA_STEPS(list)    .steps = list
+#define CUDA_ONLY(function) function
 #else
-#define CUDA_STEPS(steps)     NULL, "this build has no CUDA"
-#define CUDA_SCRATCH(scratch) NULL
+#define CUDA_STEPS(list)    .why_not = "this build has no CUDA"
+#define CUDA_ONLY(function) NULL
 #endif
 
 enum {
+    ANY_LAYOUT = MOE_LAYOUT_ROW_MAJOR | MOE_LAYOUT_PACKED,
     NEED_SEPARATE = MOE_NEED_ROWS | MOE_NEED_GATE_UP | MOE_NEED_ACT | MOE_NEED_DOWN,
 };
 
 static const struct moe_path_info paths[MOE_PATH_COUNT] = {
-    [MOE_PATH_REFERENCE] = {MOE_PATH_REFERENCE, MOE_DEVICE_CPU, false, NEED_SEPARATE, MOE_F32, MOE_F32, MOE_F32, NULL,
-                            reference_steps, NULL},
-    [MOE_PATH_CPU] = {MOE_PATH_CPU, MOE_DEVICE_CPU, false, MOE_NEED_ACT | MOE_NEED_DOWN, 0, 0, MOE_F32, moe_scratch_cpu,
-                      cpu_steps, NULL},
-    [MOE_PATH_CUBLAS_LOOP] = {MOE_PATH_CUBLAS_LOOP, MOE_DEVICE_CUDA, true, NEED_SEPARATE, 0, 0, 0,
-                              CUDA_SCRATCH(moe_scratch_cublas), CUDA_STEPS(cublas_loop_steps)},
-    [MOE_PATH_CUBLAS_GROUPED] = {MOE_PATH_CUBLAS_GROUPED, MOE_DEVICE_CUDA, true, NEED_SEPARATE, 0, 0, 0,
-                                 CUDA_SCRATCH(moe_scratch_cublas), CUDA_STEPS(cublas_grouped_steps)},
-    [MOE_PATH_PADDED] = {MOE_PATH_PADDED, MOE_DEVICE_CUDA, true, MOE_NEED_DOWN, 0, 0, 0,
-                         CUDA_SCRATCH(moe_scratch_padded), CUDA_STEPS(padded_steps)},
-    [MOE_PATH_SIMPLE] = {MOE_PATH_SIMPLE, MOE_DEVICE_CUDA, false, MOE_NEED_ACT | MOE_NEED_DOWN, 0, 0, MOE_F32, NULL,
+    [MOE_PATH_REFERENCE] = {.path = MOE_PATH_REFERENCE,
+                            .device = MOE_DEVICE_CPU,
+                            .layouts = MOE_LAYOUT_ROW_MAJOR,
+                            .needs = NEED_SEPARATE,
+                            .gate_up_dtype = MOE_F32,
+                            .act_dtype = MOE_F32,
+                            .down_dtype = MOE_F32,
+                            .steps = reference_steps},
+    [MOE_PATH_CPU] = {.path = MOE_PATH_CPU,
+                      .device = MOE_DEVICE_CPU,
+                      .layouts = MOE_LAYOUT_ROW_MAJOR,
+                      .needs = MOE_NEED_ACT | MOE_NEED_DOWN,
+                      .down_dtype = MOE_F32,
+                      .scratch = moe_scratch_cpu,
+                      .steps = cpu_steps},
+    [MOE_PATH_CUBLAS_LOOP] = {.path = MOE_PATH_CUBLAS_LOOP,
+                              .device = MOE_DEVICE_CUDA,
+                              .synchronises = true,
+                              .layouts = MOE_LAYOUT_ROW_MAJOR,
+                              .needs = NEED_SEPARATE,
+                              .scratch = CUDA_ONLY(moe_scratch_cublas),
+                              CUDA_STEPS(cublas_loop_steps)},
+    [MOE_PATH_CUBLAS_GROUPED] = {.path = MOE_PATH_CUBLAS_GROUPED,
+                                 .device = MOE_DEVICE_CUDA,
+                                 .synchronises = true,
+                                 .layouts = MOE_LAYOUT_ROW_MAJOR,
+                                 .needs = NEED_SEPARATE,
+                                 .scratch = CUDA_ONLY(moe_scratch_cublas),
+                                 CUDA_STEPS(cublas_grouped_steps)},
+    [MOE_PATH_PADDED] = {.path = MOE_PATH_PADDED,
+                         .device = MOE_DEVICE_CUDA,
+                         .synchronises = true,
+                         .layouts = MOE_LAYOUT_ROW_MAJOR,
+                         .needs = MOE_NEED_DOWN,
+                         .scratch = CUDA_ONLY(moe_scratch_padded),
+                         CUDA_STEPS(padded_steps)},
+    [MOE_PATH_SIMPLE] = {.path = MOE_PATH_SIMPLE,
+                         .device = MOE_DEVICE_CUDA,
+                         .layouts = MOE_LAYOUT_ROW_MAJOR,
+                         .needs = MOE_NEED_ACT | MOE_NEED_DOWN,
+                         .down_dtype = MOE_F32,
                          CUDA_STEPS(simple_steps)},
-    [MOE_PATH_DECODE] = {MOE_PATH_DECODE, MOE_DEVICE_CUDA, false, 0, 0, 0, 0, NULL, NULL, "not in this version"},
-    [MOE_PATH_PREFILL] = {MOE_PATH_PREFILL, MOE_DEVICE_CUDA, false, 0, 0, 0, 0, NULL, NULL, "not in this version"},
+    [MOE_PATH_DECODE] = {.path = MOE_PATH_DECODE,
+                         .device = MOE_DEVICE_CUDA,
+                         .layouts = ANY_LAYOUT,
+                         .why_not = "not in this version"},
+    [MOE_PATH_PREFILL] = {.path = MOE_PATH_PREFILL,
+                          .device = MOE_DEVICE_CUDA,
+                          .layouts = ANY_LAYOUT,
+                          .needs = MOE_NEED_ACT | MOE_NEED_DOWN,
+                          .scratch = CUDA_ONLY(moe_scratch_prefill),
+                          .config_name = CUDA_ONLY(moe_prefill_config_name),
+                          CUDA_STEPS(prefill_steps)},
 };
 
 const struct moe_path_info *moe_path_info_get(moe_path path)
 {
     return path > MOE_PATH_AUTO && path < MOE_PATH_COUNT ? &paths[path] : NULL;
+}
+
+const char *moe_path_config_name(moe_path path, int32_t config)
+{
+    const struct moe_path_info *info = moe_path_info_get(path);
+    return info != NULL && info->config_name != NULL && config > 0 ? info->config_name(config) : NULL;
 }

@@ -380,6 +380,6 @@ moe_status moe_session_read(moe_session *session, int64_t index, moe_record *out
     }
     free(path);
     if (status == MOE_OK)
-        status = moe_struct_out(out, &record, sizeof record, "moe_record", &err);
+        status = moe_struct_out(out, &record, sizeof record, sizeof record, "moe_record", &err);
     return moe_context_report(session->ctx, status, &err);
 }

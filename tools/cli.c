@@ -6,6 +6,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "runtime/internal.h"
+
 /* ---- Failures ---- */
 
 enum cli_exit cli_exit_of(moe_status status)
@@ -115,14 +117,18 @@ int cli_checkpoint(moe_context *ctx, const char *directory, int64_t *layer, moe_
     return status == MOE_OK ? CLI_GO : cli_fail_status(ctx, status);
 }
 
-int cli_load(moe_context *ctx, moe_checkpoint *checkpoint, int64_t index, moe_layer **layer, double *seconds)
+int cli_load(moe_context *ctx, moe_checkpoint *checkpoint, int64_t index, moe_path path, moe_layer **layer,
+             double *seconds)
 {
+    const struct moe_path_info *info = moe_path_info_get(path);
     char what[64];
     snprintf(what, sizeof what, "loading layer %lld", (long long)index);
     struct cli_progress progress = {.what = what};
     moe_load_options options = moe_load_options_init();
     options.progress = cli_progress_update;
     options.progress_user = &progress;
+    if (info != NULL && (info->layouts & MOE_LAYOUT_PACKED) == 0)
+        options.layout = MOE_LAYOUT_ROW_MAJOR;
     double start = cli_now();
     moe_status status = moe_layer_load(checkpoint, (int32_t)index, &options, layer);
     *seconds = cli_now() - start;

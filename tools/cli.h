@@ -112,8 +112,9 @@ int cli_context(const struct cli_target *target, bool verbose, moe_context **ctx
  * have is a usage error, one that is dense or incomplete an error in the file. */
 int cli_checkpoint(moe_context *ctx, const char *directory, int64_t *layer, moe_checkpoint **checkpoint,
                    moe_layer_desc *desc);
-/* moe_layer_load with a progress bar; the time it took goes to *seconds. */
-int cli_load(moe_context *ctx, moe_checkpoint *checkpoint, int64_t index, moe_layer **layer, double *seconds);
+/* moe_layer_load with a progress bar, in the fastest layout that `path` reads; the time it took goes to *seconds. */
+int cli_load(moe_context *ctx, moe_checkpoint *checkpoint, int64_t index, moe_path path, moe_layer **layer,
+             double *seconds);
 
 uint64_t cli_expert_bytes(const moe_layer_desc *desc);
 uint64_t cli_gate_bytes(const moe_layer_desc *desc);

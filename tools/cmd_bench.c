@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* moe bench: times the layer on every path over token counts, against ceilings measured in between; or its loading. */
-#include <ctype.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -10,19 +9,20 @@
 enum { MAX_POINTS = 64, MAX_TOKENS = 1 << 20 };
 
 struct bench {
-    const char *model, *like, *shape, *tokens, *paths;
+    const char *model, *like, *shape, *tokens, *paths, *layouts, *configs, *max_sms;
     int64_t layer_index, reps;
     double seconds;
     int routing;
     moe_dtype dtype;
-    bool stages, load, json, csv;
+    bool load, json, csv;
     struct cli_target target;
+    struct bench_plan plan;
 
     int64_t counts[MAX_POINTS]; /* of --tokens, rising */
     int points;
-    bool wanted[MOE_PATH_COUNT];
     char title[128];
     moe_context *ctx;
+    moe_device_info device;
     struct bench_machine *machine;
     struct bench_workload workload;
     struct bench_report *report;
@@ -32,26 +32,6 @@ struct bench {
 static const char *const routings[] = {"uniform", "zipf", "single", NULL};
 
 /* ---- The command line ---- */
-
-/* Takes the next word of a comma-separated list; false at its end. */
-static bool next_word(const char **list, char *word, size_t bytes)
-{
-    if (**list == 0)
-        return false;
-    size_t length = strcspn(*list, ",");
-    snprintf(word, bytes, "%.*s", (int)length, *list);
-    *list += length + ((*list)[length] == ',');
-    return true;
-}
-
-static bool parse_count(const char *text, int64_t high, int64_t *value)
-{
-    char *end;
-    if (!isdigit((unsigned char)text[0]))
-        return false;
-    *value = strtoll(text, &end, 10); /* out of range gives a number above any `high` */
-    return *end == 0 && *value >= 1 && *value <= high;
-}
 
 static int by_count(const void *a, const void *b)
 {
@@ -63,10 +43,10 @@ static int parse_tokens(struct bench *b)
 {
     const char *list = b->tokens;
     char word[32];
-    while (next_word(&list, word, sizeof word)) {
+    while (bench_word(&list, word, sizeof word)) {
         if (b->points == MAX_POINTS)
             return cli_fail(CLI_EXIT_USAGE, "bench: --tokens has more than %d counts", MAX_POINTS);
-        if (!parse_count(word, MAX_TOKENS, &b->counts[b->points]))
+        if (!bench_count(word, MAX_TOKENS, &b->counts[b->points]))
             return cli_fail(CLI_EXIT_USAGE, "bench: --tokens has '%s', expected an integer from 1 to %d", word,
                             MAX_TOKENS);
         b->points++;
@@ -78,24 +58,6 @@ static int parse_tokens(struct bench *b)
     return CLI_GO;
 }
 
-static int parse_paths(struct bench *b)
-{
-    const char *list = b->paths, *names[MOE_PATH_COUNT + 1] = {NULL};
-    char word[64], hint[128];
-    /* `auto` is one of the others: it is timed only on request. */
-    bool all = strcmp(list, "all") == 0;
-    for (int p = 0; p < MOE_PATH_COUNT; p++) {
-        names[p] = moe_path_name((moe_path)p);
-        b->wanted[p] = all && p != MOE_PATH_AUTO;
-    }
-    for (moe_path path; !all && next_word(&list, word, sizeof word); b->wanted[path] = true) {
-        if (moe_path_from_name(word, &path) != MOE_OK)
-            return cli_fail(CLI_EXIT_USAGE, "bench: --paths has '%s', which is no path%s", word,
-                            cli_did_you_mean(word, "", names, hint, sizeof hint));
-    }
-    return CLI_GO;
-}
-
 static int parse_shape(const char *text, struct bench_shape *shape)
 {
     int64_t values[4];
@@ -103,7 +65,7 @@ static int parse_shape(const char *text, struct bench_shape *shape)
     char word[32];
     const char *list = text;
     for (int i = 0; i < 4; i++) {
-        if (!next_word(&list, word, sizeof word) || !parse_count(word, high[i], &values[i]))
+        if (!bench_word(&list, word, sizeof word) || !bench_count(word, high[i], &values[i]))
             return cli_fail(CLI_EXIT_USAGE, "bench: --shape is '%s', expected HIDDEN,INTERMEDIATE,EXPERTS,TOP_K", text);
     }
     if (*list || values[3] > values[2])
@@ -134,8 +96,11 @@ static int check_options(const struct bench *b)
         return cli_fail(CLI_EXIT_USAGE, "bench: --routing and --dtype are the checkpoint's own with --model");
     if (!b->model && (b->layer_index >= 0 || b->load))
         return cli_fail(CLI_EXIT_USAGE, "bench: --%s needs --model", b->load ? "load" : "layer");
-    if (b->load && (b->tokens || b->paths || b->stages || b->seconds > 0 || b->csv))
-        return cli_fail(CLI_EXIT_USAGE, "bench: --tokens, --paths, --stages, --seconds and --csv are not for --load");
+    if (b->load &&
+        (b->tokens || b->paths || b->layouts || b->configs || b->max_sms || b->plan.stages || b->seconds > 0 || b->csv))
+        return cli_fail(CLI_EXIT_USAGE,
+                        "bench: --tokens, --paths, --layouts, --configs, --max-sms, --stages, --seconds "
+                        "and --csv are not for --load");
     return CLI_GO;
 }
 
@@ -188,8 +153,23 @@ static int parse_options(struct bench *b, int argc, char **argv)
          .value = &b->paths,
          .argument = "LIST",
          .help = "paths by name, or all (default)"},
+        {.name = "layouts",
+         .kind = CLI_STRING,
+         .value = &b->layouts,
+         .argument = "LIST",
+         .help = "of weights, for paths that read both: packed (default), row-major"},
+        {.name = "configs",
+         .kind = CLI_STRING,
+         .value = &b->configs,
+         .argument = "LIST",
+         .help = "also configurations of paths, by name or number, or all"},
+        {.name = "max-sms",
+         .kind = CLI_STRING,
+         .value = &b->max_sms,
+         .argument = "LIST",
+         .help = "also auto, and paths with configurations, on so many SMs"},
         {.name = "load", .kind = CLI_FLAG, .value = &b->load, .help = "time loading the layer of --model instead"},
-        {.name = "stages", .kind = CLI_FLAG, .value = &b->stages, .help = "also time the router and the experts alone"},
+        {.name = "stages", .kind = CLI_FLAG, .value = &b->plan.stages, .help = "also the router and the experts alone"},
         {.name = "routing",
          .kind = CLI_CHOICE,
          .value = &b->routing,
@@ -231,13 +211,15 @@ static int parse_options(struct bench *b, int argc, char **argv)
                     "  moe bench --like qwen3-30b-a3b --tokens 1,16,256 --device cpu\n"
                     "  moe bench --model Mixtral-8x7B-v0.1 --layer 3 --paths simple,cublas-loop --json\n"
                     "  moe bench --load --model Mixtral-8x7B-v0.1\n"
-                    "  moe bench --shape 4096,1536,64,6 --routing zipf --csv\n",
+                    "  moe bench --shape 4096,1536,64,6 --routing zipf --csv\n"
+                    "  moe bench --paths auto,prefill --layouts packed,row-major --configs all --max-sms 66,99,120\n",
         .notes = "Shapes: mixtral-8x7b, phi3.5-moe, dsv3-ep4, gpt-oss, qwen2-moe-a2.7b, qwen3-30b-a3b, olmoe.\n"
                  "\n"
-                 "Samples of ceilings and paths take turns, with cold caches; times are medians. 'moved' is what any\n"
-                 "implementation has to move: the weights of the experts that got tokens, and the hidden states in\n"
-                 "and out. The floor is the longer of reading that and of a dense product of the same FLOPs. A path\n"
-                 "that would take over 10 s at a point is skipped.\n"
+                 "Samples of ceilings and paths take turns in an order that changes, each with cold caches; times\n"
+                 "are medians. 'moved' is what any implementation has to move: the weights of the experts that\n"
+                 "got tokens, and the hidden states in and out. The floor is the longer of reading that and of a\n"
+                 "dense product of the same FLOPs; 'x floor' is a path's time as a multiple of it. A path that\n"
+                 "would take over 10 s at a point is skipped.\n"
                  "On a GPU a sample is a CUDA graph; paths that wait for the host are launched as they are.\n"
                  "\n"
                  "--load times loading a layer, and in turns with it a plain read: a loop of pread over the same\n"
@@ -250,7 +232,7 @@ static int parse_options(struct bench *b, int argc, char **argv)
     if (code == CLI_GO)
         set_defaults(b);
     if (code == CLI_GO)
-        code = parse_paths(b);
+        code = bench_plan_parse(&b->plan, b->paths, b->layouts, b->configs, b->max_sms);
     return code == CLI_GO ? parse_tokens(b) : code;
 }
 
@@ -279,8 +261,8 @@ static int load_model(struct bench *b)
     moe_layer_desc desc;
     double seconds;
     int code = open_model(b, &checkpoint, &desc);
-    if (code == CLI_GO)
-        code = cli_load(b->ctx, checkpoint, b->layer_index, &layer, &seconds);
+    if (code == CLI_GO) /* row-major, which is what `reference` reads */
+        code = cli_load(b->ctx, checkpoint, b->layer_index, MOE_PATH_REFERENCE, &layer, &seconds);
     moe_checkpoint_close(checkpoint);
     if (code != CLI_GO)
         return code;
@@ -305,42 +287,44 @@ static int make_layer(struct bench *b)
     return settle(b, bench_workload_create(&b->workload, b->ctx, &shape, dtype, (enum bench_routing)b->routing), NULL);
 }
 
+/* Where no path reads packed weights there are none, unless they were asked for. */
+static int pack_layer(struct bench *b)
+{
+    if (!bench_plan_packs(&b->plan))
+        return CLI_GO;
+    moe_status status = bench_workload_pack(&b->workload);
+    if (status == MOE_ERROR_UNSUPPORTED && !b->plan.layouts[MOE_LAYOUT_PACKED])
+        return CLI_GO;
+    return settle(b, status, NULL);
+}
+
 static int open_machine(struct bench *b)
 {
-    moe_device_info info = moe_device_info_init();
     struct moe_error err = {{0}};
-    moe_status status = moe_context_device(b->ctx, &info);
-    if (status != MOE_OK)
-        return settle(b, status, NULL);
-    status = info.device == MOE_DEVICE_CUDA ? bench_cuda_open(info.device_index, &b->machine, &err)
-                                            : bench_cpu_open(b->ctx, &b->machine, &err);
+    moe_status status = b->device.device == MOE_DEVICE_CUDA ? bench_cuda_open(b->device.device_index, &b->machine, &err)
+                                                            : bench_cpu_open(b->ctx, &b->machine, &err);
     return settle(b, status, &err);
 }
 
-/* Adds the paths that can run here; of the others the report says why they cannot. */
-static int add_paths(struct bench *b)
+static int open_context(struct bench *b)
 {
-    char why[512];
-    bool any = false;
-    for (int p = 0; p < MOE_PATH_COUNT; p++) {
-        if (!b->wanted[p])
-            continue;
-        moe_path ran;
-        moe_status status = moe_path_choose(b->workload.layer, (moe_path)p, 1, &ran, why, sizeof why);
-        any |= status == MOE_OK;
-        if (status != MOE_OK)
-            bench_report_without(b->report, (moe_path)p, why);
-        else if (!bench_meter_add(b->meter, (moe_path)p, b->stages))
-            return cli_fail_memory();
-    }
-    return any ? CLI_GO : cli_fail(CLI_EXIT_CANNOT, "bench: none of the paths '%s' can run here", b->paths);
+    int code = cli_context(&b->target, false, &b->ctx);
+    if (code != CLI_GO)
+        return code;
+    b->device = moe_device_info_init();
+    code = settle(b, moe_context_device(b->ctx, &b->device), NULL);
+    if (code == CLI_GO && b->plan.bounds && b->device.device != MOE_DEVICE_CUDA)
+        return cli_fail(CLI_EXIT_CANNOT, "bench: --max-sms is for a GPU, and this is a CPU");
+    return code;
 }
 
 static int set_up(struct bench *b)
 {
-    int code = cli_context(&b->target, false, &b->ctx);
+    int code = open_context(b);
     if (code == CLI_GO)
         code = b->model ? load_model(b) : make_layer(b);
+    if (code == CLI_GO)
+        code = pack_layer(b);
     if (code == CLI_GO)
         code = settle(b, bench_workload_tokens(&b->workload, b->counts[b->points - 1], (enum bench_routing)b->routing),
                       NULL);
@@ -351,7 +335,7 @@ static int set_up(struct bench *b)
     enum bench_format format = b->json ? BENCH_JSON : b->csv ? BENCH_CSV : BENCH_TABLE;
     b->report = bench_report_open(format, &b->workload, b->title, routings[b->routing], b->machine);
     b->meter = bench_meter_open(&b->workload, b->machine, b->reps, b->seconds);
-    return b->report && b->meter ? add_paths(b) : cli_fail_memory();
+    return b->report && b->meter ? bench_plan_add(&b->plan, &b->workload, b->meter, b->report) : cli_fail_memory();
 }
 
 /* What --load does. */

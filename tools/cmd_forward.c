@@ -303,7 +303,7 @@ static int forward(struct forward *f)
     if (status != MOE_OK)
         return cli_fail_status(f->ctx, status);
 
-    code = cli_load(f->ctx, f->checkpoint, f->o.layer, &f->layer, &f->load_seconds);
+    code = cli_load(f->ctx, f->checkpoint, f->o.layer, f->o.target.path, &f->layer, &f->load_seconds);
     if (code == CLI_GO)
         code = run_layer(f);
     if (code == CLI_GO)

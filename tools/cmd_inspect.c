@@ -117,6 +117,8 @@ static void print_text(const struct inspect *s)
            (long long)d->intermediate_size, moe_dtype_name(d->dtype));
     printf("%-10s %s an expert, %s in all\n", "", cli_show_bytes((double)cli_expert_bytes(d), a, sizeof a),
            cli_show_bytes((double)cli_layer_bytes(d), b, sizeof b));
+    const char *device, *layout = machine_layout(&s->machine, d, &device);
+    printf("%-10s %s on %s\n", "layout", layout, device);
     printf("%-10s logits rounded to %s, softmax in f32 over %d experts, top %d%s, weights in %s\n", "routing",
            moe_dtype_name(d->logits_dtype), d->num_experts, d->top_k, d->renormalize ? " divided by their sum" : "",
            moe_dtype_name(d->topk_weight_dtype));
@@ -154,6 +156,9 @@ static int print_json(const struct inspect *s)
         cli_json_desc(layer, d);
         cli_json_number(layer, "expert_bytes", (double)cli_expert_bytes(d));
         cli_json_number(layer, "bytes", (double)cli_layer_bytes(d));
+        const char *device, *layout = machine_layout(&s->machine, d, &device);
+        cli_json_string(layer, "layout", layout);
+        cli_json_string(layer, "layout_device", device);
         cJSON *routing = cli_json_object(layer, "routing");
         cli_json_string(routing, "scoring", "softmax");
         cli_json_string(routing, "logits_dtype", moe_dtype_name(d->logits_dtype));

@@ -189,7 +189,7 @@ static int load_layer(struct replay *r, int32_t index)
     moe_layer_destroy(r->layer);
     r->layer = NULL;
     r->loaded = index;
-    int code = cli_load(r->ctx, r->checkpoint, index, &r->layer, &seconds);
+    int code = cli_load(r->ctx, r->checkpoint, index, r->o.target.path, &r->layer, &seconds);
     if (code != CLI_GO)
         return code;
     moe_status status = runner_init(&r->runner, r->ctx, r->layer, r->o.target.path);

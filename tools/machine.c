@@ -3,6 +3,7 @@
 
 #include <stdio.h>
 
+#include "runtime/internal.h"
 #include "tools/cli.h"
 
 int machine_open(struct machine *machine)
@@ -50,7 +51,7 @@ static bool path_runs(const struct machine *machine, moe_path path, const moe_la
             return true;
         }
     }
-    if (machine->gpu_count == 0 && path != MOE_PATH_DECODE && path != MOE_PATH_PREFILL)
+    if (machine->gpu_count == 0 && path != MOE_PATH_DECODE)
         snprintf(reason, bytes, "%s", machine->why_no_more);
     return false;
 }
@@ -63,13 +64,26 @@ static const char *without_name(const char *reason, moe_path path)
     return strncmp(reason, prefix, (size_t)length) == 0 ? reason + length : reason;
 }
 
+const char *machine_layout(const struct machine *machine, const moe_layer_desc *desc, const char **device)
+{
+    const moe_context *ctx = machine->gpu_count > 0 ? machine->gpus[0] : machine->cpu;
+    moe_layout layout;
+    *device = machine->gpu_count > 0 ? "cuda:0" : "cpu";
+    moe_choose_layout(ctx, desc, MOE_LAYOUT_AUTO, &layout, NULL);
+    return moe_layouts_name(layout);
+}
+
 void machine_print_paths(const struct machine *machine, const moe_layer_desc *desc)
 {
     char reason[1024];
     for (int path = MOE_PATH_AUTO + 1; path < MOE_PATH_COUNT; path++) {
         bool runs = path_runs(machine, (moe_path)path, desc, reason, sizeof reason);
-        printf("%-10s %-15s %s%s\n", path == MOE_PATH_AUTO + 1 ? "paths" : "", moe_path_name((moe_path)path),
+        printf("%-10s %-15s %s%s", path == MOE_PATH_AUTO + 1 ? "paths" : "", moe_path_name((moe_path)path),
                runs ? "on " : "no: ", without_name(reason, (moe_path)path));
+        const struct moe_path_info *info = moe_path_info_get((moe_path)path);
+        if (runs && info->device == MOE_DEVICE_CUDA)
+            printf(", %s weights", moe_layouts_name(info->layouts));
+        putchar('\n');
     }
 }
 
@@ -82,5 +96,9 @@ void machine_json_paths(const struct machine *machine, const moe_layer_desc *des
         cli_json_string(element, "name", moe_path_name((moe_path)path));
         cli_json_bool(element, "available", runs);
         cli_json_string(element, runs ? "device" : "reason", without_name(reason, (moe_path)path));
+        cJSON *layouts = cli_json_array(element, "layouts");
+        for (unsigned layout = MOE_LAYOUT_ROW_MAJOR; layouts && layout <= MOE_LAYOUT_PACKED; layout++)
+            if (moe_path_info_get((moe_path)path)->layouts & layout)
+                cJSON_AddItemToArray(layouts, cJSON_CreateString(moe_layouts_name(layout)));
     }
 }

@@ -20,6 +20,8 @@ struct machine {
 int machine_open(struct machine *machine);
 void machine_close(struct machine *machine);
 
+/* The name of the layout in which a layer like `desc` is loaded on the device that `auto` takes, and that device. */
+const char *machine_layout(const struct machine *machine, const moe_layer_desc *desc, const char **device);
 /* Prints one line a path, or appends one object a path to `paths`, for layers like `desc` (NULL: any). */
 void machine_print_paths(const struct machine *machine, const moe_layer_desc *desc);
 void machine_json_paths(const struct machine *machine, const moe_layer_desc *desc, cJSON *paths);

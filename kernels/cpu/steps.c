@@ -53,7 +53,7 @@ moe_status moe_logits_cpu(const struct moe_call *call)
         .width = gate->experts,
         .x = gate->x,
         .x_dtype = gate->x_dtype,
-        .w = {gate->gate, gate->gate_dtype, 1, gate->experts, gate->hidden},
+        .w = {gate->gate, gate->gate_dtype, MOE_LAYOUT_ROW_MAJOR, 1, gate->experts, gate->hidden},
         .out = gate->logits,
         .out_dtype = MOE_F32,
         .scratch = call->scratch,

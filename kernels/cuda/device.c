@@ -217,6 +217,7 @@ enum { STAGE_BUFFERS = 3 };
 struct moe_cuda_stage {
     int32_t device;
     cudaStream_t stream; /* of its own, so that copies wait for nobody's work */
+    void *landing;       /* device memory for rows on their way to a packed stack; in stream order one is enough */
     void *host[STAGE_BUFFERS];
     cudaEvent_t done[STAGE_BUFFERS]; /* the last copy of that buffer */
     int current;
@@ -238,7 +239,8 @@ static moe_status make_buffers(struct moe_cuda_stage *stage, size_t bytes, struc
     return e == cudaSuccess ? MOE_OK : failed(err, "staging buffers", e);
 }
 
-moe_status moe_cuda_stage_create(int32_t device, size_t bytes, struct moe_cuda_stage **stage, struct moe_error *err)
+moe_status moe_cuda_stage_create(int32_t device, size_t bytes, bool lands, struct moe_cuda_stage **stage,
+                                 struct moe_error *err)
 {
     int32_t previous = current_device();
     struct moe_cuda_stage *s = calloc(1, sizeof *s);
@@ -252,6 +254,8 @@ moe_status moe_cuda_stage_create(int32_t device, size_t bytes, struct moe_cuda_s
     if (status == MOE_OK)
         status = make_buffers(s, bytes, err);
     moe_cuda_leave(previous);
+    if (status == MOE_OK && lands)
+        status = moe_cuda_alloc(device, bytes, &s->landing, err);
     if (status != MOE_OK) {
         moe_cuda_stage_destroy(s, NULL);
         return status;
@@ -270,20 +274,37 @@ moe_status moe_cuda_stage_next(struct moe_cuda_stage *stage, void **host, struct
     return e == cudaSuccess ? MOE_OK : failed(err, "copy to the device", e);
 }
 
+static moe_status start_copy(struct moe_cuda_stage *stage, void *device, size_t bytes, struct moe_error *err)
+{
+    cudaError_t e = cudaMemcpyAsync(device, stage->host[stage->current], bytes, cudaMemcpyHostToDevice, stage->stream);
+
+    if (e == cudaSuccess)
+        e = cudaEventRecord(stage->done[stage->current], stage->stream);
+    return e == cudaSuccess ? MOE_OK : failed(err, "copy to the device", e);
+}
+
 moe_status moe_cuda_stage_send(struct moe_cuda_stage *stage, void *device, size_t bytes, struct moe_error *err)
 {
     int32_t previous = current_device();
     moe_status status = set_device(stage->device, err);
 
-    if (status == MOE_OK) {
-        cudaError_t e =
-            cudaMemcpyAsync(device, stage->host[stage->current], bytes, cudaMemcpyHostToDevice, stage->stream);
+    if (status == MOE_OK)
+        status = start_copy(stage, device, bytes, err);
+    moe_cuda_leave(previous);
+    return status;
+}
 
-        if (e == cudaSuccess)
-            e = cudaEventRecord(stage->done[stage->current], stage->stream);
-        if (e != cudaSuccess)
-            status = failed(err, "copy to the device", e);
-    }
+moe_status moe_cuda_stage_pack(struct moe_cuda_stage *stage, const struct moe_weights_view *view, bool w13,
+                               int64_t first, int64_t rows, void *packed, struct moe_error *err)
+{
+    size_t bytes = (size_t)rows * (size_t)view->cols * moe_dtype_size(view->dtype);
+    int32_t previous = current_device();
+    moe_status status = set_device(stage->device, err);
+
+    if (status == MOE_OK)
+        status = start_copy(stage, stage->landing, bytes, err);
+    if (status == MOE_OK)
+        status = moe_pack_rows(view, w13, first, rows, stage->landing, packed, stage->stream, err);
     moe_cuda_leave(previous);
     return status;
 }
@@ -307,6 +328,8 @@ moe_status moe_cuda_stage_destroy(struct moe_cuda_stage *stage, struct moe_error
             if (stage->host[i])
                 cudaFreeHost(stage->host[i]);
         }
+        if (stage->landing)
+            cudaFree(stage->landing);
     }
     moe_cuda_leave(previous);
     free(stage);

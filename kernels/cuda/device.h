@@ -33,11 +33,16 @@ void moe_cuda_leave(int32_t previous);
 
 /* Pinned staging for loading: two or more buffers, each with an event that says when its copy is done. */
 struct moe_cuda_stage;
-moe_status moe_cuda_stage_create(int32_t device, size_t bytes, struct moe_cuda_stage **stage, struct moe_error *err);
+/* lands: moe_cuda_stage_pack will be called, and needs `bytes` of device memory beside. */
+moe_status moe_cuda_stage_create(int32_t device, size_t bytes, bool lands, struct moe_cuda_stage **stage,
+                                 struct moe_error *err);
 /* The next buffer, free to be written; waits for the copy that last used it. */
 moe_status moe_cuda_stage_next(struct moe_cuda_stage *stage, void **host, struct moe_error *err);
 /* Starts the copy of that buffer's first `bytes` to the device. */
 moe_status moe_cuda_stage_send(struct moe_cuda_stage *stage, void *device, size_t bytes, struct moe_error *err);
+/* The same for canonical rows of a stack that is packed on the device; the arguments are those of moe_pack_rows. */
+moe_status moe_cuda_stage_pack(struct moe_cuda_stage *stage, const struct moe_weights_view *view, bool w13,
+                               int64_t first, int64_t rows, void *packed, struct moe_error *err);
 /* Waits for all copies and frees; accepts NULL. */
 moe_status moe_cuda_stage_destroy(struct moe_cuda_stage *stage, struct moe_error *err);
 

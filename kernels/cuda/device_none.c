@@ -65,10 +65,12 @@ void moe_cuda_leave(int32_t previous)
     (void)previous;
 }
 
-moe_status moe_cuda_stage_create(int32_t device, size_t bytes, struct moe_cuda_stage **stage, struct moe_error *err)
+moe_status moe_cuda_stage_create(int32_t device, size_t bytes, bool lands, struct moe_cuda_stage **stage,
+                                 struct moe_error *err)
 {
     (void)device;
     (void)bytes;
+    (void)lands;
     *stage = NULL;
     return none(err);
 }
@@ -88,6 +90,18 @@ moe_status moe_cuda_stage_send(struct moe_cuda_stage *stage, void *device, size_
     return none(err);
 }
 
+moe_status moe_cuda_stage_pack(struct moe_cuda_stage *stage, const struct moe_weights_view *view, bool w13,
+                               int64_t first, int64_t rows, void *packed, struct moe_error *err)
+{
+    (void)stage;
+    (void)view;
+    (void)w13;
+    (void)first;
+    (void)rows;
+    (void)packed;
+    return none(err);
+}
+
 moe_status moe_cuda_stage_destroy(struct moe_cuda_stage *stage, struct moe_error *err)
 {
     (void)stage;
@@ -104,4 +118,17 @@ moe_status moe_cublas_create(struct moe_cublas **blas, struct moe_error *err)
 void moe_cublas_destroy(struct moe_cublas *blas)
 {
     (void)blas;
+}
+
+moe_status moe_pack_rows(const struct moe_weights_view *view, bool w13, int64_t first, int64_t rows,
+                         const void *canonical, void *packed, void *stream, struct moe_error *err)
+{
+    (void)view;
+    (void)w13;
+    (void)first;
+    (void)rows;
+    (void)canonical;
+    (void)packed;
+    (void)stream;
+    return none(err);
 }

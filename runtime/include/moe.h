@@ -115,11 +115,13 @@ typedef enum moe_device {
  *   padded          CUDA: every expert padded to the largest count, strided batch (1)
  *   simple          CUDA: our readable grouped GEMM, one launch for all experts
  *   decode          CUDA: few tokens, bound by reading weights                   (2)
- *   prefill         CUDA: many tokens, bound by the tensor cores                 (2)
+ *   prefill         CUDA: many tokens, bound by the tensor cores                 (3)
  *
  * (1) reads the counts on the host: it waits for the stream, and returns MOE_ERROR_CAPTURE while the stream
  *     is being captured. `auto` never picks it.
  * (2) not in this version: asking for it returns MOE_ERROR_UNSUPPORTED.
+ * (3) weights in bf16 or f16, packed or row-major; hidden_size and intermediate_size are multiples of 8. All other
+ *     paths read row-major weights only (see moe_layout).
  */
 #define MOE_PATH_MAP(X)                                                                                      \
     X(MOE_PATH_AUTO, 0, "auto")                                                                              \
@@ -143,6 +145,9 @@ typedef enum moe_path {
 MOE_API const char *moe_path_name(moe_path path);
 /* The path of that name in *path; MOE_ERROR_INVALID_ARGUMENT for an unknown name. */
 MOE_API moe_status moe_path_from_name(const char *name, moe_path *path);
+/* A few words on configuration `config` of a path, for moe_batch.config: they are numbered from 1 without gaps. NULL
+ * past the last one, for a path that has none and for a number that is no path. */
+MOE_API const char *moe_path_config_name(moe_path path, int32_t config);
 
 /* ---- Context: a device, its threads or handles, and where messages go ---------------------------------- */
 
@@ -280,6 +285,14 @@ MOE_API moe_status moe_checkpoint_layer(const moe_checkpoint *checkpoint, int32_
 
 /* ---- Layer ------------------------------------------------------------------------------------------------ */
 
+/* How a layer's expert weights lie in memory. A layer has one layout; a path that cannot read it is unavailable. */
+typedef enum moe_layout {
+    MOE_LAYOUT_AUTO = 0,      /* the one for the fastest path on this device and shape */
+    MOE_LAYOUT_ROW_MAJOR = 1, /* the canonical form, as moe_layer_weights describes it: every path reads it */
+    MOE_LAYOUT_PACKED = 2,    /* where `prefill` can run, which reads it fastest: tiles, a little larger where sizes are
+                                 no multiples of 64 */
+} moe_layout;
+
 /* Called by moe_layer_load on the calling thread, a few hundred times at most. */
 typedef void (*moe_progress_fn)(void *user, uint64_t bytes_done, uint64_t bytes_total);
 
@@ -287,6 +300,7 @@ typedef struct moe_load_options {
     size_t size;
     moe_progress_fn progress; /* NULL: none */
     void *progress_user;
+    moe_layout layout; /* of the layer; MOE_ERROR_UNSUPPORTED where it is PACKED and `prefill` cannot run */
 } moe_load_options;
 
 static inline moe_load_options moe_load_options_init(void)
@@ -302,12 +316,15 @@ static inline moe_load_options moe_load_options_init(void)
 MOE_API moe_status moe_layer_load(moe_checkpoint *checkpoint, int32_t index, const moe_load_options *options,
                                   moe_layer **layer);
 
-/* The caller's own weights, on the context's device, 16-byte aligned, unchanged until the layer is destroyed. */
+/* The caller's own weights, on the context's device, 16-byte aligned, unchanged until the layer is destroyed. w13 and
+ * w2 are these matrices in row-major order, or what a packed layer holds in their place. */
 typedef struct moe_layer_weights {
     size_t size;
     const void *gate; /* [num_experts, hidden_size], gate_dtype; NULL if only moe_experts_forward is used */
     const void *w13;  /* [num_experts, 2 * intermediate_size, hidden_size], dtype: gate rows, then up rows */
     const void *w2;   /* [num_experts, hidden_size, intermediate_size], dtype */
+    moe_layout layout; /* of w13 and w2; in moe_layer_create AUTO means row-major, and PACKED that they are another
+                          layer's, of the same shape */
 } moe_layer_weights;
 
 static inline moe_layer_weights moe_layer_weights_init(void)
@@ -320,6 +337,9 @@ static inline moe_layer_weights moe_layer_weights_init(void)
 
 MOE_API moe_status moe_layer_create(moe_context *ctx, const moe_layer_desc *desc, const moe_layer_weights *weights,
                                     moe_layer **layer);
+/* A packed copy of a row-major layer, which owns all its weights. Runs on the default stream and waits for it: work
+ * that writes the weights on other streams must have finished. */
+MOE_API moe_status moe_layer_pack(const moe_layer *layer, moe_layer **packed);
 MOE_API void moe_layer_destroy(moe_layer *layer);
 MOE_API moe_status moe_layer_describe(const moe_layer *layer, moe_layer_desc *desc);
 /* The layer's weights, on the context's device, in the form of moe_layer_weights. They belong to the layer. */
@@ -351,6 +371,7 @@ typedef struct moe_batch {
 
     moe_path path;             /* MOE_PATH_AUTO: chosen from device, shape and tokens */
     int32_t max_sms;           /* CUDA: the most SMs to use, 0: all. A hint: the cublas paths ignore it */
+    int32_t config;            /* of the path, numbered from 1 (moe_path_config_name); 0: chosen for the batch */
 } moe_batch;
 
 #define MOE_MAX_TOP_K 64

@@ -22,10 +22,10 @@ int main(void)
     CHECK_INIT(moe_context_options, moe_context_options_init(), threads);
     CHECK_INIT(moe_device_info, moe_device_info_init(), cores);
     CHECK_INIT(moe_checkpoint_info, moe_checkpoint_info_init(), num_files);
-    CHECK_INIT(moe_load_options, moe_load_options_init(), progress_user);
+    CHECK_INIT(moe_load_options, moe_load_options_init(), layout);
     CHECK_INIT(moe_layer_desc, moe_layer_desc_init(MOE_BF16), hidden_size);
-    CHECK_INIT(moe_layer_weights, moe_layer_weights_init(), w2);
-    CHECK_INIT(moe_batch, moe_batch_init(), max_sms);
+    CHECK_INIT(moe_layer_weights, moe_layer_weights_init(), layout);
+    CHECK_INIT(moe_batch, moe_batch_init(), config);
     CHECK_INIT(moe_limits, moe_limits_init(), max_tokens);
     CHECK_INIT(moe_record, moe_record_init(), output);
 

@@ -63,8 +63,8 @@ class Header(unittest.TestCase):
         self.assertEqual({name: len(arguments) for name, (_, arguments) in libmoe.PROTOTYPES.items()}, functions)
 
     def test_constants(self):
-        values = dict(re.findall(r"\bMOE_(?:DEVICE_)?(\w+) = (\d+)", HEADER))
-        for name in ("BF16", "F16", "F32", "I32", "I64", "AUTO", "CPU", "CUDA"):
+        values = dict(re.findall(r"\bMOE_(?:DEVICE_|LAYOUT_)?(\w+) = (\d+)", HEADER))
+        for name in ("BF16", "F16", "F32", "I32", "I64", "AUTO", "CPU", "CUDA", "ROW_MAJOR", "PACKED"):
             self.assertEqual(getattr(libmoe, name), int(values[name]), name)
         self.assertIn(f"#define MOE_WORKSPACE_ALIGNMENT {libmoe.WORKSPACE_ALIGNMENT}\n", HEADER)
 

@@ -59,8 +59,8 @@ static bool bench_path(struct checker *checker, const struct test_case *c, struc
     if (fine) {
         double all = median(whole, runs);
 
-        printf("%-15s %10.1f us  %8.1f GFLOP/s, %d runs:", moe_path_name(path->path), 1e6 * all, 1e-9 * work / all,
-               runs);
+        printf("%-15s %-9s %2d %10.1f us  %8.1f GFLOP/s, %d runs:", moe_path_name(path->path),
+               layout_names[checker->layout], checker->config, 1e6 * all, 1e-9 * work / all, runs);
         for (int i = 0; i < steps; i++)
             printf(" %s %.1f", path->steps[i].name, 1e6 * median(times[i], runs));
         printf("\n");
@@ -82,8 +82,8 @@ int bench(struct checker *checker, const char *shape, moe_dtype dtype)
                           .routing = "random",
                           .gating = "random"};
     struct arena *arena = &checker->arena;
-    struct moe_call call = {0};
-    moe_layer layer = {0};
+    moe_layer_weights weights = moe_layer_weights_init();
+    moe_layer *layers[LAYOUTS] = {NULL};
     bool fine;
 
     if (sscanf(shape, "%" SCNd64 ",%" SCNd64 ",%" SCNd64 ",%" SCNd32 ",%" SCNd32, &c.tokens, &c.hidden, &c.intermediate,
@@ -106,24 +106,39 @@ int bench(struct checker *checker, const char *shape, moe_dtype dtype)
     int w13 = arena_add(arena, "w13", 2 * matrix, c.w13, 0), w2 = arena_add(arena, "w2", matrix, c.w2, 0);
     int input = arena_add(arena, "input", batch, c.input, 0), output = arena_add(arena, "output", batch, NULL, 0);
     fine = arena_ready(arena) && check_call(checker, arena_send(arena, 0), "copying to the device");
-
-    for (int p = MOE_PATH_AUTO + 1; fine && p < MOE_PATH_COUNT; p++) {
-        const struct moe_path_info *info = moe_path_info_get((moe_path)p);
-
-        if ((checker->only_path != MOE_PATH_COUNT && checker->only_path != (moe_path)p) ||
-            info->device != checker->ctx->info.device || info->steps == NULL)
-            continue;
-        layer = (moe_layer){.ctx = checker->ctx, .desc = case_desc(&c)};
-        layer.weights.gate = arena_device(arena, gate);
-        layer.weights.w13 = arena_device(arena, w13);
-        layer.weights.w2 = arena_device(arena, w2);
-        moe_call_shape(&call, &layer, c.tokens, c.top_k, dtype);
-        call.input = arena_device(arena, input);
-        call.output = arena_device(arena, output);
-        call.max_sms = checker->max_sms > 0 ? checker->max_sms : 0;
-        checker->path = (moe_path)p;
-        fine = bench_path(checker, &c, &call, info);
+    const moe_layer_desc desc = case_desc(&c);
+    if (fine) {
+        weights.gate = arena_device(arena, gate);
+        weights.w13 = arena_device(arena, w13);
+        weights.w2 = arena_device(arena, w2);
+        fine = check_call(checker, moe_layer_create(checker->ctx, &desc, &weights, &layers[MOE_LAYOUT_ROW_MAJOR]),
+                          "moe_layer_create");
     }
+    for (int p = MOE_PATH_AUTO + 1; fine && p < MOE_PATH_COUNT; p++)
+        for (int layout = MOE_LAYOUT_ROW_MAJOR; fine && layout < LAYOUTS; layout++)
+            for (int32_t config = 0; fine && config <= count_configs((moe_path)p); config++) {
+                struct moe_call call;
+
+                if (!wants_path(checker, (moe_path)p) ||
+                    !wants_layout(checker, (moe_path)p, &desc, (moe_layout)layout) ||
+                    !wants_config(checker, (moe_path)p, config) ||
+                    moe_path_available(checker->ctx, (moe_path)p, &desc, NULL, 0) != MOE_OK)
+                    continue;
+                if (layers[layout] == NULL)
+                    fine = check_call(checker, moe_layer_pack(layers[MOE_LAYOUT_ROW_MAJOR], &layers[layout]),
+                                      "moe_layer_pack");
+                if (!fine)
+                    break;
+                check_begin(checker, (moe_path)p, (moe_layout)layout, config);
+                moe_call_shape(&call, layers[layout], c.tokens, c.top_k, dtype);
+                call.input = arena_device(arena, input);
+                call.output = arena_device(arena, output);
+                call.max_sms = checker->max_sms > 0 ? checker->max_sms : 0;
+                call.config = config;
+                fine = bench_path(checker, &c, &call, moe_path_info_get((moe_path)p));
+            }
+    moe_layer_destroy(layers[MOE_LAYOUT_PACKED]);
+    moe_layer_destroy(layers[MOE_LAYOUT_ROW_MAJOR]);
     case_free(&c);
     return fine ? EXIT_SUCCESS : EXIT_FAILURE;
 }

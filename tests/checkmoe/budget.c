@@ -27,10 +27,16 @@ static const struct {
     [MOE_F32] = {1e-5, 23, -126},
 };
 
-double budget_layer(moe_path path, const struct test_case *c, moe_dtype result)
+bool budget_rounds_inside(moe_path path)
 {
     const struct moe_path_info *info = moe_path_info_get(path); /* NULL: auto, which picks no cuBLAS path */
-    const bool rounds = info != NULL && info->down_dtype != MOE_F32 && c->dtype != MOE_F32;
+
+    return info != NULL && info->synchronises;
+}
+
+double budget_layer(moe_path path, const struct test_case *c, moe_dtype result)
+{
+    const bool rounds = budget_rounds_inside(path) && c->dtype != MOE_F32;
     const bool narrow = c->hidden < 16 || c->intermediate < 16;
 
     return fmax(moe_error_budget(c->dtype) * (rounds && narrow ? 2.5 : 1), moe_error_budget(result));

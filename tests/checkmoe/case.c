@@ -42,8 +42,10 @@ float random_normal(struct random *random)
 #define PICK(random, ...)                                                                                              \
     (int64_t[]){__VA_ARGS__}[random_between(random, 0, sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t) - 1)]
 
-static int64_t draw_tokens(struct random *random)
+static int64_t draw_tokens(struct random *random, bool gpu)
 {
+    if (gpu && random_one_in(random, 4))
+        return PICK(random, 129, 255, 256, 257, 511, 512, 513, 1000, 1025, 2047);
     if (random_one_in(random, 3))
         return PICK(random, 0, 1, 1, 2, 3, 4);
     if (random_one_in(random, 2))
@@ -70,6 +72,21 @@ static int64_t draw_width(struct random *random)
     }
 }
 
+/* What the tensor cores' paths take, multiples of eight: often none of 16, 64 or 128, which their tiles are. */
+static int64_t draw_width_of_eights(struct random *random)
+{
+    switch (random_between(random, 0, 3)) {
+    case 0:
+        return 64 * random_between(random, 1, 9) + PICK(random, 0, 0, 8);
+    case 1:
+        return 8 * random_between(random, 1, 48);
+    case 2:
+        return PICK(random, 8, 16, 24, 32, 40, 72, 120, 128, 136, 192, 200, 256);
+    default:
+        return PICK(random, 64, 64, 128, 136, 264, 320, 520, 1000);
+    }
+}
+
 /* Keeps what kind of number a width is. */
 static int64_t halve_width(int64_t width)
 {
@@ -84,15 +101,22 @@ static moe_dtype draw_dtype(struct random *random)
     return (moe_dtype)PICK(random, MOE_BF16, MOE_BF16, MOE_F16, MOE_F32);
 }
 
-static const char *const routings[] = {"random",      "random",    "zipf",    "one expert", "same experts",
-                                       "few experts", "no expert", "bad ids", "duplicates", "last expert"};
+const char *const layout_names[LAYOUTS] = {
+    [MOE_LAYOUT_AUTO] = "both", [MOE_LAYOUT_ROW_MAJOR] = "row-major", [MOE_LAYOUT_PACKED] = "packed"};
+
+static const char *const routings[] = {"random",       "random",      "zipf",      "one expert",
+                                       "same experts", "few experts", "no expert", "bad ids",
+                                       "duplicates",   "last expert", "edges",     "edges"};
 static const char *const gatings[] = {"random", "random", "equal", "ties", "huge", "tiny", "special"};
 
 /* Halves one size after the other until the layer is within its cost. */
 static void shrink(struct test_case *c, struct random *random, int64_t work, int64_t elements)
 {
-    while (3 * c->hidden * c->intermediate * c->experts > elements ||
-           3 * c->hidden * c->intermediate * c->tokens * (c->slots > c->top_k ? c->slots : c->top_k) > work)
+    const int64_t results = 8000000; /* of all experts, which are held in fp64 */
+    int64_t pairs = c->tokens * (c->slots > c->top_k ? c->slots : c->top_k);
+
+    while (3 * c->hidden * c->intermediate * c->experts > elements || 3 * c->hidden * c->intermediate * pairs > work ||
+           pairs * c->hidden > results) {
         switch (random_between(random, 0, 3)) {
         case 0:
             c->tokens = (c->tokens + 1) / 2;
@@ -108,58 +132,62 @@ static void shrink(struct test_case *c, struct random *random, int64_t work, int
             c->top_k = c->top_k < c->experts ? c->top_k : c->experts;
             c->slots = (c->slots + 1) / 2;
         }
+        pairs = c->tokens * (c->slots > c->top_k ? c->slots : c->top_k);
+    }
 }
 
-void case_draw(struct test_case *c, uint64_t seed, enum case_size size)
+void case_draw(struct test_case *c, uint64_t seed, struct case_kind kind)
 {
     struct random random = {seed};
     /* multiply-adds of the experts, and elements of w13 and w2 */
-    int64_t work = 2000000, elements = 600000;
+    int64_t work = kind.gpu ? 20000000 : 2000000, elements = kind.gpu ? 2000000 : 600000;
+    const bool eights = kind.gpu && !random_one_in(&random, 4);
+    const int64_t step = eights ? 8 : 1;
 
     memset(c, 0, sizeof *c);
     c->seed = seed;
     c->level = (enum level)PICK(&random, LEVEL_EXPERTS, LEVEL_EXPERTS, LEVEL_FORWARD, LEVEL_STEPS);
     if (random_one_in(&random, 12)) {
-        work *= size == CASE_GPU ? 50 : 6;
-        elements *= size == CASE_GPU ? 8 : 4;
+        work *= kind.gpu ? 30 : 6;
+        elements *= 4;
     }
-    if (size == CASE_SMALL) {
+    if (kind.small) {
         work = 150000;
         elements = 60000;
     }
-    c->dtype = draw_dtype(&random);
+    c->dtype = eights ? (moe_dtype)PICK(&random, MOE_BF16, MOE_BF16, MOE_F16) : draw_dtype(&random);
     c->io_dtype = random_one_in(&random, 3) ? draw_dtype(&random) : c->dtype;
     c->gate_dtype = random_one_in(&random, 4) ? draw_dtype(&random) : c->dtype;
     c->logits_dtype = random_one_in(&random, 4) ? draw_dtype(&random) : c->dtype;
     c->topk_weight_dtype = random_one_in(&random, 4) ? draw_dtype(&random) : MOE_F32;
     c->ids_dtype = random_one_in(&random, 3) ? MOE_I64 : MOE_I32;
     c->renormalize = (int32_t)random_between(&random, 0, 1);
-    c->max_sms = (int32_t)PICK(&random, 0, 0, 0, 1, 2, 17);
+    c->max_sms = (int32_t)PICK(&random, 0, 0, 0, 1, 2, 3, 17);
     c->outputs_given = !random_one_in(&random, 4);
     c->misaligned = random_one_in(&random, 4);
     c->repeats = random_one_in(&random, 12) ? 5 : 2;
     c->spare_tokens = random_one_in(&random, 4) ? random_between(&random, 1, 40) : 0;
 
-    c->tokens = draw_tokens(&random);
-    c->hidden = draw_width(&random);
-    c->intermediate = draw_width(&random);
-    c->experts = (int32_t)PICK(&random, 1, 2, 3, 4, 7, 8, 8, 16, 31, 33, 60, 64, 65, 128, 160);
+    c->tokens = draw_tokens(&random, kind.gpu);
+    c->hidden = eights ? draw_width_of_eights(&random) : draw_width(&random);
+    c->intermediate = eights ? draw_width_of_eights(&random) : draw_width(&random);
+    c->experts = (int32_t)PICK(&random, 1, 2, 3, 4, 7, 8, 8, 16, 31, 33, 40, 60, 64, 65, 128, 160, 512);
     c->top_k = (int32_t)random_between(&random, 1, c->experts < 16 ? c->experts : 16);
     c->slots = c->top_k;
     if (random_one_in(&random, 4)) /* a caller may bring more slots than the layer has, even than it has experts */
         c->slots = (int32_t)random_between(&random, 1, random_one_in(&random, 4) ? MOE_MAX_TOP_K : 20);
 
-    if (size != CASE_SMALL && random_one_in(&random, 40)) { /* as many experts and slots as there may be */
+    if (!kind.small && random_one_in(&random, 40)) { /* as many experts and slots as there may be */
         c->experts = (int32_t)PICK(&random, 256, 257, 512, 1000, MOE_MAX_EXPERTS);
         c->top_k = (int32_t)random_between(&random, 1, MOE_MAX_TOP_K);
         c->slots = random_one_in(&random, 2) ? MOE_MAX_TOP_K : c->top_k;
         c->tokens = random_between(&random, 1, 20);
-        c->hidden = random_between(&random, 1, 24);
-        c->intermediate = random_between(&random, 1, 3);
-    } else if (size != CASE_SMALL && random_one_in(&random, 150)) { /* plans of many blocks */
-        c->tokens = random_between(&random, 2000, size == CASE_GPU ? 120000 : 12000);
-        c->hidden = random_between(&random, 1, 8);
-        c->intermediate = random_between(&random, 1, 4);
+        c->hidden = step * random_between(&random, 1, 24 / step);
+        c->intermediate = step * random_between(&random, 1, 3);
+    } else if (!kind.small && random_one_in(&random, 150)) { /* plans of many blocks */
+        c->tokens = random_between(&random, 2000, kind.gpu ? 120000 : 12000);
+        c->hidden = eights ? 8 : random_between(&random, 1, 8);
+        c->intermediate = step * random_between(&random, 1, 4);
         c->experts = c->experts < 16 ? c->experts : 16;
         c->top_k = c->top_k < c->experts ? c->top_k : c->experts;
         c->slots = c->slots < 16 ? c->slots : 16;
@@ -168,16 +196,27 @@ void case_draw(struct test_case *c, uint64_t seed, enum case_size size)
     }
     c->routing = routings[random_between(&random, 0, sizeof routings / sizeof routings[0] - 1)];
     c->gating = gatings[random_between(&random, 0, sizeof gatings / sizeof gatings[0] - 1)];
+    c->layout = (moe_layout)PICK(&random, MOE_LAYOUT_AUTO, MOE_LAYOUT_ROW_MAJOR, MOE_LAYOUT_PACKED);
+    c->config = (uint32_t)random_u64(&random);
 }
 
-/* `scale` times normal numbers, rounded to dtype. */
+/* `scale` times normal numbers, rounded to dtype. From PERIOD elements on they repeat: quickly made, and no wrong
+ * offset of a power of two finds the same number. */
 static void *make_matrix(struct random *random, int64_t count, moe_dtype dtype, double scale)
 {
-    void *data = malloc((size_t)count * moe_dtype_size(dtype) + 1);
+    enum { PERIOD = 20000003 }; /* a prime */
+    const size_t size = moe_dtype_size(dtype);
+    const int64_t made = count < PERIOD ? count : PERIOD;
+    char *data = malloc((size_t)count * size + 1);
 
-    if (data != NULL)
-        for (int64_t i = 0; i < count; i++)
-            moe_store_f32(data, dtype, i, random_normal(random) * (float)scale);
+    if (data == NULL)
+        return NULL;
+    for (int64_t i = 0; i < made; i++)
+        moe_store_f32(data, dtype, i, random_normal(random) * (float)scale);
+    for (int64_t i = made, part; i < count; i += part) {
+        part = count - i < PERIOD ? count - i : PERIOD;
+        memcpy(data + (size_t)i * size, data, (size_t)part * size);
+    }
     return data;
 }
 
@@ -217,16 +256,51 @@ static int64_t draw_id(struct random *random, const struct test_case *c, int64_t
     return random_between(random, 0, last);
 }
 
+/* Ids of all pairs, such that experts have as many rows as fill a tile, one less or one more, as long as there are
+ * pairs. Those that are left have no expert. */
+static void make_edges(struct random *random, const struct test_case *c, int32_t *ids)
+{
+    static const int64_t edges[] = {7,  8,   9,   15,  16,  17,  31,  32,  33,  63,  64,  65,  95, 96,
+                                    97, 127, 128, 129, 191, 192, 193, 255, 256, 257, 511, 512, 513};
+    const int64_t pairs = c->tokens * c->slots;
+    int64_t used = 0;
+
+    for (int32_t e = 0; e < c->experts && pairs - used >= edges[0]; e++) {
+        int64_t fit = 1, end;
+
+        while (fit < (int64_t)(sizeof edges / sizeof edges[0]) && edges[fit] <= pairs - used)
+            fit++;
+        if (random_one_in(random, 6)) /* an empty one between */
+            continue;
+        for (end = used + edges[random_between(random, 0, fit - 1)]; used < end; used++)
+            ids[used] = e;
+    }
+    while (used < pairs)
+        ids[used++] = -1;
+    for (int64_t i = pairs - 1; i > 0; i--) {
+        const int64_t other = random_between(random, 0, i);
+        const int32_t id = ids[i];
+
+        ids[i] = ids[other];
+        ids[other] = id;
+    }
+}
+
 static bool make_routing(struct test_case *c, struct random *random)
 {
     int64_t pairs = c->tokens * c->slots;
+    int32_t *edges = is(c->routing, "edges") ? malloc((size_t)pairs * sizeof(int32_t) + 1) : NULL;
 
     c->ids = malloc((size_t)pairs * sizeof(int64_t) + 1);
     c->weights = malloc((size_t)pairs * sizeof(float) + 1);
-    if (c->ids == NULL || c->weights == NULL)
+    if (c->ids == NULL || c->weights == NULL || (is(c->routing, "edges") && edges == NULL)) {
+        free(edges);
         return false;
+    }
+    if (edges != NULL)
+        make_edges(random, c, edges);
     for (int64_t i = 0; i < pairs; i++) {
-        int64_t id = draw_id(random, c, i / c->slots, (int32_t)(i % c->slots));
+        int64_t id = edges != NULL ? edges[i] : draw_id(random, c, i / c->slots, (int32_t)(i % c->slots));
 
         if (c->ids_dtype == MOE_I64) {
             if (is(c->routing, "bad ids") && random_one_in(random, 8))
@@ -240,6 +314,7 @@ static bool make_routing(struct test_case *c, struct random *random)
         if (random_one_in(random, 10))
             c->weights[i] = random_one_in(random, 2) ? 0 : -c->weights[i];
     }
+    free(edges);
     return true;
 }
 
@@ -311,12 +386,12 @@ void case_print(const struct test_case *c, FILE *file)
     fprintf(file,
             "%s tokens=%" PRId64 " hidden=%" PRId64 " intermediate=%" PRId64
             " experts=%d top_k=%d slots=%d dtype=%s io=%s "
-            "gate=%s logits=%s weights=%s ids=%s renormalize=%d max_sms=%d%s%s, routing: %s, gating: %s",
+            "gate=%s logits=%s weights=%s ids=%s renormalize=%d max_sms=%d layout=%s%s%s, routing: %s, gating: %s",
             levels[c->level], c->tokens, c->hidden, c->intermediate, c->experts, c->top_k, c->slots,
             moe_dtype_name(c->dtype), moe_dtype_name(c->io_dtype), moe_dtype_name(c->gate_dtype),
             moe_dtype_name(c->logits_dtype), moe_dtype_name(c->topk_weight_dtype), moe_dtype_name(c->ids_dtype),
-            c->renormalize, c->max_sms, c->misaligned ? " misaligned" : "", c->outputs_given ? "" : " outputs=NULL",
-            c->routing, c->gating);
+            c->renormalize, c->max_sms, layout_names[c->layout], c->misaligned ? " misaligned" : "",
+            c->outputs_given ? "" : " outputs=NULL", c->routing, c->gating);
 }
 
 moe_layer_desc case_desc(const struct test_case *c)

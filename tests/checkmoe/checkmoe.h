@@ -7,6 +7,7 @@
  *   fp64.c    the same layer in double
  *   budget.c  how large an error may be, and against what it is measured
  *   arena.c   device memory with guard bands, poisoned
+ *   packed.c  packs a case's weights, and checks them
  *   layer.c   checks moe_experts_forward, moe_forward and moe_route
  *   steps.c   checks each step of a path against the contract of the operations that it covers
  *   bench.c   times paths and their steps
@@ -35,6 +36,9 @@ float random_normal(struct random *random); /* mean 0, variance 1, never beyond 
 
 /* ---- A case ---- */
 
+enum { LAYOUTS = MOE_LAYOUT_PACKED + 1 };
+extern const char *const layout_names[LAYOUTS]; /* of AUTO: "both" */
+
 enum level { LEVEL_EXPERTS, LEVEL_FORWARD, LEVEL_STEPS };
 
 /* T tokens, H hidden, I intermediate, E experts, K top_k of the layer, S slots of the caller's ids. All host memory. */
@@ -45,6 +49,8 @@ struct test_case {
     int32_t experts, top_k, slots;
     moe_dtype dtype, io_dtype, gate_dtype, logits_dtype, topk_weight_dtype, ids_dtype;
     int32_t renormalize, max_sms;
+    moe_layout layout;    /* of the weights, on paths that read either; AUTO: one after the other, to the same bits */
+    uint32_t config;      /* modulo how many the path has, and none */
     bool outputs_given;   /* moe_forward is asked for logits, ids and weights as well */
     bool misaligned;      /* buffers begin on the smallest alignment that the interface allows */
     int64_t spare_tokens; /* the workspace is sized for so many more */
@@ -61,10 +67,13 @@ struct test_case {
     float *logits;  /* [T, E], adversarial: what the top-k step is given */
 };
 
-enum case_size { CASE_SMALL, CASE_NORMAL, CASE_GPU };
+/* How large, and for which device: most cases for a GPU have sizes that the paths on its tensor cores take. */
+struct case_kind {
+    bool small, gpu;
+};
 
 /* Shape and dtypes only, then the memory. case_fill returns false if there is none. */
-void case_draw(struct test_case *c, uint64_t seed, enum case_size size);
+void case_draw(struct test_case *c, uint64_t seed, struct case_kind kind);
 bool case_fill(struct test_case *c);
 void case_free(struct test_case *c);
 void case_print(const struct test_case *c, FILE *file);
@@ -107,6 +116,8 @@ void softmax64(const struct test_case *c, const float *logits, const int32_t *id
 
 double budget_layer(moe_path path, const struct test_case *c, moe_dtype result);
 double budget_operation(moe_dtype result);
+/* Of gate and up: the cuBLAS paths keep them in the layer's dtype, all others in fp32 up to the activation. */
+bool budget_rounds_inside(moe_path path);
 double budget_ulp(double value, moe_dtype dtype);
 /*
  * ||got - expected|| / max(||expected||, floor) over one row of `count` elements of `dtype` at element `first`;
@@ -150,6 +161,14 @@ void arena_free(struct arena *arena);
 
 /* ---- Running and reporting ---- */
 
+/* What is counted of each path, layout and configuration. */
+struct totals {
+    int64_t cases, unsupported, failures;
+    double worst; /* share of budget used, 1 is all */
+};
+
+enum { MAX_CONFIGS = 32 }; /* of a path, the choice among them included */
+
 /* Bugs that --break plants into what came back from the device, to show that the checks see them. */
 #define BREAK_MAP(X)                                                                                                   \
     X(BREAK_ELEMENT, "element")                                                                                        \
@@ -158,6 +177,10 @@ void arena_free(struct arena *arena);
     X(BREAK_GUARD, "guard")                                                                                            \
     X(BREAK_INPUT, "input")                                                                                            \
     X(BREAK_REPEAT, "repeat")                                                                                          \
+    X(BREAK_LAYOUT, "layout")                                                                                          \
+    X(BREAK_PACKED, "packed")                                                                                          \
+    X(BREAK_ACT, "act")                                                                                                \
+    X(BREAK_TAIL, "tail")                                                                                              \
     X(BREAK_ID, "id")                                                                                                  \
     X(BREAK_WEIGHT, "weight")                                                                                          \
     X(BREAK_PLAN, "plan")
@@ -174,10 +197,12 @@ struct checker {
     moe_context *ctx;
     struct arena arena;
     const char *device_name; /* as --device takes it */
-    enum case_size size;
-    moe_path only_path;  /* MOE_PATH_COUNT: all */
-    const char *only_op; /* NULL: all */
-    int32_t max_sms;     /* -1: as the case says */
+    struct case_kind kind;
+    moe_path only_path;      /* MOE_PATH_COUNT: all */
+    const char *only_op;     /* NULL: all */
+    int only_layout;         /* -1: as the case says; AUTO: each */
+    const char *only_config; /* NULL: as the case says; "all": each */
+    int32_t max_sms;         /* -1: as the case says */
 
     enum break_kind broken;
     bool planted; /* the bug fitted this case */
@@ -185,14 +210,19 @@ struct checker {
     /* the case and path at work */
     const struct test_case *c;
     moe_path path;
+    moe_layout layout; /* never AUTO */
+    int32_t config;
     const char *op;
+    void *other_layout; /* the output with row-major weights, while the same case runs with packed ones */
 
     int64_t failures;
-    struct {
-        int64_t cases, unsupported, failures;
-        double worst; /* share of budget used, 1 is all */
-    } totals[MOE_PATH_COUNT];
+    struct totals totals[MOE_PATH_COUNT][LAYOUTS][MAX_CONFIGS];
 };
+
+/* Sets the path, layout and configuration at work, and finds their counts. */
+void check_begin(struct checker *checker, moe_path path, moe_layout layout, int32_t config);
+struct totals *check_totals(struct checker *checker);
+void print_totals(const struct checker *checker);
 
 /* Reports a failure of the present case; the text says what differs and where. */
 void check_fail(struct checker *checker, const char *format, ...) __attribute__((format(printf, 2, 3)));
@@ -200,8 +230,11 @@ void check_fail(struct checker *checker, const char *format, ...) __attribute__(
 bool check_arena(struct checker *checker, uint64_t may_write);
 void check_used(struct checker *checker, double share);
 
-void check_layer(struct checker *checker, const struct test_case *c, moe_path path, struct expert_rows *rows);
-void check_steps(struct checker *checker, const struct test_case *c, moe_path path);
+/* On the path, the layout and the configuration at work. */
+void check_layer(struct checker *checker, const struct test_case *c, struct expert_rows *rows);
+void check_steps(struct checker *checker, const struct test_case *c);
+/* The output of one layout is kept, that of the other must be the same. */
+void check_layouts(struct checker *checker, int region);
 /* Exact ids for these logits, weights within their tolerance. */
 bool check_topk(struct checker *checker, const float *logits, const int32_t *ids, const float *weights);
 /* Each logit against fp64. */
@@ -209,6 +242,19 @@ bool check_logits(struct checker *checker, const float *logits);
 bool check_call(struct checker *checker, moe_status status, const char *what);
 /* Plants the output bug asked for, if it fits. `run` counts the repeats. */
 void plant_output(struct checker *checker, int region, const struct test_case *c, int run);
+
+/* Which layouts and configurations of a path are asked for, of those that it has. */
+bool wants_path(const struct checker *checker, moe_path path);
+bool wants_layout(const struct checker *checker, moe_path path, const moe_layer_desc *desc, moe_layout layout);
+bool wants_config(const struct checker *checker, moe_path path, int32_t config);
+int32_t count_configs(moe_path path);
+
+/* A layer on the weights in regions of the arena (gate -1: none), which has been sent. In the layout at work: *packed
+ * is NULL or a packed copy, which is what it should be. */
+bool make_layers(struct checker *checker, const struct test_case *c, int gate, int w13, int w2, moe_layer **layer,
+                 moe_layer **packed);
+/* The weights on the device are those of the case, in packed form. */
+bool check_packed(struct checker *checker, const struct test_case *c, const moe_layer *packed);
 
 int bench(struct checker *checker, const char *shape, moe_dtype dtype);
 int large(struct checker *checker);

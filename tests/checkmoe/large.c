@@ -8,16 +8,17 @@
 
 #include "tests/checkmoe/checkmoe.h"
 
-enum { SLOTS = 8, SAMPLES = 12 };
+enum { SAMPLES = 12 };
 
 static const struct {
     const char *what;
     int64_t tokens, hidden, intermediate;
-    int32_t experts;
+    int32_t experts, slots;
 } shapes[] = {
-    {"T * S * 2I, gate_up", 16400, 64, 8192, 4},
-    {"T * S * H, rows and down", 16400, 16384, 64, 4},
-    {"E * 2I * H and E * H * I, weights", 16, 4096, 8192, 65},
+    {"T * S * I, act and gate_up", 34000, 64, 8192, 4, 8},
+    {"T * S * H, rows and down", 17000, 16384, 64, 4, 8},
+    {"T * H, hidden states and output", 150000, 16384, 64, 4, 1},
+    {"E * 2I * H and E * H * I, weights", 16, 4096, 8192, 65, 8},
 };
 
 static int64_t sample(const struct test_case *c, int i)
@@ -41,8 +42,8 @@ static bool make_expected(const struct test_case *c, double *expected, double *t
 
         for (int64_t h = 0; h < hidden; h++)
             in[h] = moe_load_f32(c->x, c->dtype, token * hidden + h);
-        for (int32_t s = 0; s < SLOTS; s++) {
-            const int64_t pair = token * SLOTS + s;
+        for (int32_t s = 0; s < c->slots; s++) {
+            const int64_t pair = token * c->slots + s;
             const double weight = c->weights[pair];
 
             rows64(c, expert_of(c->ids, c->ids_dtype, pair, c->experts), stages, 1, in, out, size, work);
@@ -76,7 +77,7 @@ static bool run_path(struct checker *checker, const struct test_case *c, moe_lay
     size_t bytes;
 
     limits.max_tokens = c->tokens;
-    limits.top_k = SLOTS;
+    limits.top_k = c->slots;
     limits.path = checker->path;
     batch.tokens = c->tokens;
     batch.dtype = c->io_dtype;
@@ -84,8 +85,9 @@ static bool run_path(struct checker *checker, const struct test_case *c, moe_lay
     batch.output = b->output;
     batch.topk_ids = b->ids;
     batch.topk_weights = b->weights;
-    batch.top_k = SLOTS;
+    batch.top_k = c->slots;
     batch.path = checker->path;
+    batch.config = checker->config;
     memset(output, 0xff, b->output_bytes);
     bool fine =
         check_call(checker, moe_copy_in(checker->ctx, b->output, output, b->output_bytes, NULL), "moe_copy_in") &&
@@ -117,13 +119,42 @@ static void check_samples(struct checker *checker, const struct test_case *c, co
     }
 }
 
+/* In every layout and configuration of a path; both layouts give the same bits. */
+static void check_path(struct checker *checker, const struct test_case *c, moe_path path, moe_layer *const *layers,
+                       struct buffers *b, void *output, const double *expected, const double *typical)
+{
+    const moe_layer_desc desc = case_desc(c);
+    void *other = malloc(b->output_bytes);
+    const int64_t failures = checker->failures;
+
+    for (int32_t config = 0; other != NULL && config <= count_configs(path); config++) {
+        bool compare = false;
+
+        for (int layout = MOE_LAYOUT_ROW_MAJOR; layout < LAYOUTS && checker->failures == failures; layout++) {
+            if (!wants_config(checker, path, config) || !wants_layout(checker, path, &desc, (moe_layout)layout))
+                continue;
+            check_begin(checker, path, (moe_layout)layout, config);
+            check_totals(checker)->cases++;
+            if (!run_path(checker, c, layers[layout], b, output))
+                break;
+            check_samples(checker, c, output, expected, typical);
+            if (compare && memcmp(output, other, b->output_bytes) != 0)
+                check_fail(checker, "output differs from that of row-major weights");
+            memcpy(other, output, b->output_bytes);
+            compare = true;
+        }
+    }
+    free(other);
+}
+
 static void check_shape(struct checker *checker, struct test_case *c)
 {
-    const size_t matrix = (size_t)(c->experts * c->hidden * c->intermediate) * 2, pairs = (size_t)c->tokens * SLOTS;
+    const size_t matrix = (size_t)(c->experts * c->hidden * c->intermediate) * 2;
+    const size_t pairs = (size_t)(c->tokens * c->slots);
     struct buffers b = {.output_bytes = (size_t)(c->tokens * c->hidden) * 2};
     moe_layer_weights weights = moe_layer_weights_init();
     moe_layer_desc desc = case_desc(c);
-    moe_layer *layer = NULL;
+    moe_layer *layers[LAYOUTS] = {NULL};
     double *expected = malloc((size_t)c->hidden * SAMPLES * 2 * sizeof(double));
     double *typical = expected + c->hidden * SAMPLES;
     void *output = malloc(b.output_bytes);
@@ -136,17 +167,17 @@ static void check_shape(struct checker *checker, struct test_case *c)
         upload(checker, output, b.output_bytes, &b.output)) {
         weights.w13 = b.w13;
         weights.w2 = b.w2;
-        if (check_call(checker, moe_layer_create(checker->ctx, &desc, &weights, &layer), "moe_layer_create"))
-            for (int p = MOE_PATH_AUTO + 1; p < MOE_PATH_COUNT; p++) {
-                if ((checker->only_path != MOE_PATH_COUNT && checker->only_path != (moe_path)p) ||
-                    moe_path_available(checker->ctx, (moe_path)p, &desc, NULL, 0) != MOE_OK)
-                    continue;
-                checker->path = (moe_path)p;
-                checker->totals[p].cases++;
-                if (run_path(checker, c, layer, &b, output))
-                    check_samples(checker, c, output, expected, typical);
-            }
-        moe_layer_destroy(layer);
+        moe_layer **row_major = &layers[MOE_LAYOUT_ROW_MAJOR], **packed = &layers[MOE_LAYOUT_PACKED];
+        if (check_call(checker, moe_layer_create(checker->ctx, &desc, &weights, row_major), "moe_layer_create") &&
+            (!wants_layout(checker, checker->only_path == MOE_PATH_COUNT ? MOE_PATH_AUTO : checker->only_path, &desc,
+                           MOE_LAYOUT_PACKED) ||
+             check_call(checker, moe_layer_pack(*row_major, packed), "moe_layer_pack")))
+            for (int p = MOE_PATH_AUTO + 1; p < MOE_PATH_COUNT; p++)
+                if (wants_path(checker, (moe_path)p) &&
+                    moe_path_available(checker->ctx, (moe_path)p, &desc, NULL, 0) == MOE_OK)
+                    check_path(checker, c, (moe_path)p, layers, &b, output, expected, typical);
+        moe_layer_destroy(*packed);
+        moe_layer_destroy(*row_major);
     } else {
         check_fail(checker, "no memory, or no copy");
     }
@@ -171,7 +202,7 @@ int large(struct checker *checker)
                               .intermediate = shapes[i].intermediate,
                               .experts = shapes[i].experts,
                               .top_k = 2,
-                              .slots = SLOTS,
+                              .slots = shapes[i].slots,
                               .dtype = MOE_BF16,
                               .io_dtype = MOE_BF16,
                               .gate_dtype = MOE_BF16,
@@ -190,10 +221,6 @@ int large(struct checker *checker)
             check_fail(checker, "no host memory");
         case_free(&c);
     }
-    for (int p = 0; p < MOE_PATH_COUNT; p++)
-        if (checker->totals[p].cases > 0)
-            printf("%-15s %" PRId64 " large layers, %" PRId64 " failures, worst error %.1f %% of its budget\n",
-                   moe_path_name((moe_path)p), checker->totals[p].cases, checker->totals[p].failures,
-                   100 * checker->totals[p].worst);
+    print_totals(checker);
     return checker->failures > 0 ? EXIT_FAILURE : EXIT_SUCCESS;
 }

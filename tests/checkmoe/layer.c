@@ -9,32 +9,39 @@
 
 /* Region numbers in the arena. */
 struct setup {
-    moe_layer *layer;
+    moe_layer *layer, *packed; /* the case's weights as they are, and packed if they run so */
     int gate, w13, w2, input, ids, weights, output, logits_out, ids_out, weights_out, workspace;
     size_t workspace_bytes;
 };
 
 enum call { CALL_EXPERTS, CALL_ROUTE, CALL_FORWARD };
 
-static bool make_layer(struct checker *checker, const struct test_case *c, struct setup *s)
+/* What a workspace must have for the layer, which need not have its weights yet. */
+static bool size_workspace(struct checker *checker, const struct test_case *c, struct setup *s)
 {
+    moe_limits limits = moe_limits_init();
     moe_layer_desc desc = case_desc(c);
     moe_layer_weights weights = moe_layer_weights_init();
+    moe_layer *layer = NULL;
 
-    weights.gate = c->level == LEVEL_FORWARD ? arena_device(&checker->arena, s->gate) : NULL;
-    weights.w13 = arena_device(&checker->arena, s->w13);
-    weights.w2 = arena_device(&checker->arena, s->w2);
-    return check_call(checker, moe_layer_create(checker->ctx, &desc, &weights, &s->layer), "moe_layer_create");
+    limits.max_tokens = c->tokens + c->spare_tokens;
+    limits.top_k = c->level == LEVEL_EXPERTS ? c->slots : 0;
+    limits.path = checker->path;
+    weights.w13 = weights.w2 = checker->arena.device;
+    weights.layout = checker->layout;
+    bool fine = check_call(checker, moe_layer_create(checker->ctx, &desc, &weights, &layer), "moe_layer_create") &&
+                check_call(checker, moe_workspace_size(layer, &limits, &s->workspace_bytes), "moe_workspace_size");
+    moe_layer_destroy(layer);
+    return fine;
 }
 
-static bool set_up(struct checker *checker, const struct test_case *c, moe_path path, struct setup *s)
+static bool set_up(struct checker *checker, const struct test_case *c, struct setup *s)
 {
     struct arena *arena = &checker->arena;
     const size_t size = moe_dtype_size(c->dtype), tokens = (size_t)c->tokens, experts = (size_t)c->experts;
     const size_t hidden = (size_t)c->hidden, width = (size_t)c->intermediate;
     const size_t sixteen = c->misaligned ? 16 : 0, four = c->misaligned ? 4 : 0;
     const size_t id_size = moe_dtype_size(c->ids_dtype), pairs = tokens * (size_t)c->slots;
-    moe_limits limits = moe_limits_init();
 
     arena_begin(arena, checker->ctx);
     s->gate = arena_add(arena, "gate", experts * hidden * moe_dtype_size(c->gate_dtype), c->gate, sixteen);
@@ -47,21 +54,11 @@ static bool set_up(struct checker *checker, const struct test_case *c, moe_path 
     s->logits_out = arena_add(arena, "router_logits_out", tokens * experts * sizeof(float), NULL, four);
     s->ids_out = arena_add(arena, "topk_ids_out", tokens * (size_t)c->top_k * sizeof(int32_t), NULL, four);
     s->weights_out = arena_add(arena, "topk_weights_out", tokens * (size_t)c->top_k * sizeof(float), NULL, four);
-
-    /* The size of the workspace is known when there is a layer, so there is a passing one on the weights' own places.
-     */
-    limits.max_tokens = c->tokens + c->spare_tokens;
-    limits.top_k = c->level == LEVEL_EXPERTS ? c->slots : 0;
-    limits.path = path;
-    if (!arena_ready(arena) || !make_layer(checker, c, s))
-        return false;
-    bool sized = check_call(checker, moe_workspace_size(s->layer, &limits, &s->workspace_bytes), "moe_workspace_size");
-    moe_layer_destroy(s->layer);
-    s->layer = NULL;
-    if (!sized)
+    if (!arena_ready(arena) || !size_workspace(checker, c, s))
         return false;
     s->workspace = arena_add(arena, "workspace", s->workspace_bytes, NULL, 0);
-    return arena_ready(arena) && make_layer(checker, c, s);
+    return arena_ready(arena) &&
+           make_layers(checker, c, c->level == LEVEL_FORWARD ? s->gate : -1, s->w13, s->w2, &s->layer, &s->packed);
 }
 
 /* Plants the bug asked for into what came back, if it fits. `run` counts the repeats. */
@@ -93,10 +90,11 @@ static void plant(struct checker *checker, const struct test_case *c, const stru
 }
 
 /* One call on fresh poison, its results in the arena's image. */
-static bool run_call(struct checker *checker, const struct test_case *c, moe_path path, const struct setup *s,
-                     enum call call, bool outputs, int run)
+static bool run_call(struct checker *checker, const struct test_case *c, const struct setup *s, enum call call,
+                     bool outputs, int run)
 {
     struct arena *arena = &checker->arena;
+    const moe_layer *layer = s->packed != NULL ? s->packed : s->layer;
     moe_batch batch = moe_batch_init();
     void *workspace = arena_device(arena, s->workspace);
     moe_status status;
@@ -107,7 +105,8 @@ static bool run_call(struct checker *checker, const struct test_case *c, moe_pat
     batch.tokens = c->tokens;
     batch.dtype = c->io_dtype;
     batch.hidden_states = arena_device(arena, s->input);
-    batch.path = path;
+    batch.path = checker->path;
+    batch.config = checker->config;
     batch.max_sms = checker->max_sms >= 0 ? checker->max_sms : c->max_sms;
     if (call != CALL_ROUTE) {
         batch.output = arena_device(arena, s->output);
@@ -124,9 +123,9 @@ static bool run_call(struct checker *checker, const struct test_case *c, moe_pat
         batch.topk_weights_out = arena_device(arena, s->weights_out);
         may_write |= UINT64_C(1) << s->logits_out | UINT64_C(1) << s->ids_out | UINT64_C(1) << s->weights_out;
     }
-    status = call == CALL_EXPERTS ? moe_experts_forward(s->layer, &batch, workspace, s->workspace_bytes, NULL)
-             : call == CALL_ROUTE ? moe_route(s->layer, &batch, workspace, s->workspace_bytes, NULL)
-                                  : moe_forward(s->layer, &batch, workspace, s->workspace_bytes, NULL);
+    status = call == CALL_EXPERTS ? moe_experts_forward(layer, &batch, workspace, s->workspace_bytes, NULL)
+             : call == CALL_ROUTE ? moe_route(layer, &batch, workspace, s->workspace_bytes, NULL)
+                                  : moe_forward(layer, &batch, workspace, s->workspace_bytes, NULL);
     if (!check_call(checker, status, checker->op) ||
         !check_call(checker, moe_synchronize(checker->ctx, NULL), "moe_synchronize") ||
         !check_call(checker, arena_fetch(arena), "copying from the device"))
@@ -191,8 +190,8 @@ static void check_output(struct checker *checker, const struct test_case *c, con
     free(expected);
 }
 
-static void check_repeats(struct checker *checker, const struct test_case *c, moe_path path, const struct setup *s,
-                          enum call call, bool outputs, int region)
+static void check_repeats(struct checker *checker, const struct test_case *c, const struct setup *s, enum call call,
+                          bool outputs, int region)
 {
     const size_t bytes = checker->arena.regions[region].bytes;
     uint8_t *first = malloc(bytes + 1);
@@ -201,7 +200,7 @@ static void check_repeats(struct checker *checker, const struct test_case *c, mo
         return;
     memcpy(first, arena_host(&checker->arena, region), bytes);
     for (int run = 1; run < c->repeats; run++) {
-        if (!run_call(checker, c, path, s, call, outputs, run))
+        if (!run_call(checker, c, s, call, outputs, run))
             break;
         const uint8_t *again = arena_host(&checker->arena, region);
         if (memcmp(first, again, bytes) != 0) {
@@ -250,8 +249,7 @@ static bool check_id_order(struct checker *checker, const struct test_case *c, c
     return fine;
 }
 
-static void check_forward(struct checker *checker, const struct test_case *c, moe_path path, struct setup *s,
-                          struct expert_rows *rows)
+static void check_forward(struct checker *checker, const struct test_case *c, struct setup *s, struct expert_rows *rows)
 {
     struct arena *arena = &checker->arena;
     const size_t pairs = (size_t)(c->tokens * c->top_k);
@@ -259,7 +257,7 @@ static void check_forward(struct checker *checker, const struct test_case *c, mo
     float *weights = malloc(pairs * sizeof(float) + 1);
 
     checker->op = "moe_route";
-    if (ids == NULL || weights == NULL || !run_call(checker, c, path, s, CALL_ROUTE, true, 0))
+    if (ids == NULL || weights == NULL || !run_call(checker, c, s, CALL_ROUTE, true, 0))
         goto done;
     memcpy(ids, arena_host(arena, s->ids_out), pairs * sizeof(int32_t));
     memcpy(weights, arena_host(arena, s->weights_out), pairs * sizeof(float));
@@ -268,7 +266,7 @@ static void check_forward(struct checker *checker, const struct test_case *c, mo
         goto done;
 
     checker->op = "moe_forward";
-    if (!run_call(checker, c, path, s, CALL_FORWARD, c->outputs_given, 0))
+    if (!run_call(checker, c, s, CALL_FORWARD, c->outputs_given, 0))
         goto done;
     if (c->outputs_given && (memcmp(ids, arena_host(arena, s->ids_out), pairs * sizeof(int32_t)) != 0 ||
                              memcmp(weights, arena_host(arena, s->weights_out), pairs * sizeof(float)) != 0)) {
@@ -277,28 +275,36 @@ static void check_forward(struct checker *checker, const struct test_case *c, mo
     }
     if (expert_rows_make(rows, c, ids, MOE_I32, c->top_k))
         check_output(checker, c, arena_host(arena, s->output), rows, weights);
-    check_repeats(checker, c, path, s, CALL_FORWARD, c->outputs_given, s->output);
+    check_repeats(checker, c, s, CALL_FORWARD, c->outputs_given, s->output);
 done:
     free(ids);
     free(weights);
 }
 
-void check_layer(struct checker *checker, const struct test_case *c, moe_path path, struct expert_rows *rows)
+void check_layer(struct checker *checker, const struct test_case *c, struct expert_rows *rows)
 {
+    const int64_t failures = checker->failures;
     struct setup s = {0};
 
     checker->op = "set-up";
-    if (set_up(checker, c, path, &s)) {
+    if (set_up(checker, c, &s)) {
         if (c->level == LEVEL_FORWARD) {
-            check_forward(checker, c, path, &s, rows);
+            check_forward(checker, c, &s, rows);
         } else {
             checker->op = "moe_experts_forward";
-            if (run_call(checker, c, path, &s, CALL_EXPERTS, false, 0)) {
+            if (run_call(checker, c, &s, CALL_EXPERTS, false, 0)) {
                 if (expert_rows_make(rows, c, c->ids, c->ids_dtype, c->slots))
                     check_output(checker, c, arena_host(&checker->arena, s.output), rows, c->weights);
-                check_repeats(checker, c, path, &s, CALL_EXPERTS, false, s.output);
+                check_repeats(checker, c, &s, CALL_EXPERTS, false, s.output);
             }
         }
+        if (checker->failures == failures && s.packed != NULL)
+            check_packed(checker, c, s.packed); /* nothing has written to them */
+        if (checker->failures == failures)
+            check_layouts(checker, s.output);
+    } else if (checker->failures == failures) {
+        check_fail(checker, "no memory");
     }
+    moe_layer_destroy(s.packed);
     moe_layer_destroy(s.layer);
 }

@@ -21,13 +21,18 @@ static const char usage[] =
     "usage: checkmoe [options]\n"
     "  checkmoe --device cpu --cases 2000         all CPU paths on 2000 random layers\n"
     "  checkmoe --device cuda --path simple       one path on the GPU\n"
+    "  checkmoe --device cuda --path prefill --layout both --config all --small\n"
+    "                                             one path in every way that it can run\n"
     "  checkmoe --case-seed 0x123 --path cpu      one case again\n"
     "  checkmoe --bench 64,2048,768,128,8         times of all paths: tokens,hidden,intermediate,experts,top_k\n"
     "\n"
     "  --device cpu|cuda[:i]  where to run (cpu)\n"
     "  --path NAME|all        one path only; 'auto' is one too\n"
+    "  --layout NAME          row-major, packed or both, on paths that read it, instead of what the cases say\n"
+    "  --config NAME|N|all    one configuration of a path (0: let it choose), instead of what the cases say\n"
     "  --op NAME              check only this step (entry, logits, topk, plan, gather, gemm1, activation, gemm2, "
-    "combine)\n"
+    "ffn,\n"
+    "                         combine)\n"
     "  --cases N              how many cases (400)\n"
     "  --seed S               the first of all cases' seeds (1)\n"
     "  --case-seed X          run only the case of this seed\n"
@@ -40,15 +45,36 @@ static const char usage[] =
     "\n"
     "Exit status: 0 all well, 1 a check failed, 2 usage, 77 the device or the path is not on this machine.\n";
 
+static bool parse_number(const char *text, uint64_t *number)
+{
+    char *end;
+
+    *number = strtoull(text, &end, 0);
+    return *text != '\0' && *end == '\0';
+}
+
+void check_begin(struct checker *checker, moe_path path, moe_layout layout, int32_t config)
+{
+    checker->path = path;
+    checker->layout = layout;
+    checker->config = config;
+}
+
+struct totals *check_totals(struct checker *checker)
+{
+    return &checker->totals[checker->path][checker->layout][checker->config];
+}
+
 void check_fail(struct checker *checker, const char *format, ...)
 {
     va_list args;
 
     checker->failures++;
-    checker->totals[checker->path].failures++;
+    check_totals(checker)->failures++;
     if (checker->broken != BREAK_NONE || checker->failures > FAILURES_SHOWN)
         return;
-    printf("FAIL path %s, %s: ", moe_path_name(checker->path), checker->op);
+    printf("FAIL path %s, %s weights, configuration %d, %s: ", moe_path_name(checker->path),
+           layout_names[checker->layout], checker->config, checker->op);
     va_start(args, format);
     vprintf(format, args);
     va_end(args);
@@ -57,8 +83,12 @@ void check_fail(struct checker *checker, const char *format, ...)
         case_print(checker->c, stdout);
         printf("\n  again: checkmoe --device %s --path %s --case-seed 0x%" PRIx64, checker->device_name,
                moe_path_name(checker->path), checker->c->seed);
-        if (checker->size == CASE_SMALL)
+        if (checker->kind.small)
             printf(" --small");
+        if (checker->only_layout >= 0)
+            printf(" --layout %s", layout_names[checker->only_layout]);
+        if (checker->only_config != NULL)
+            printf(" --config %d", checker->config);
         if (checker->only_op != NULL)
             printf(" --op %s", checker->only_op);
         if (checker->max_sms >= 0)
@@ -69,8 +99,8 @@ void check_fail(struct checker *checker, const char *format, ...)
 
 void check_used(struct checker *checker, double share)
 {
-    if (share > checker->totals[checker->path].worst)
-        checker->totals[checker->path].worst = share;
+    if (share > check_totals(checker)->worst)
+        check_totals(checker)->worst = share;
 }
 
 bool check_call(struct checker *checker, moe_status status, const char *what)
@@ -230,7 +260,30 @@ void plant_output(struct checker *checker, int region, const struct test_case *c
     }
 }
 
-static bool runs_on(const struct checker *checker, moe_path path)
+void check_layouts(struct checker *checker, int region)
+{
+    const size_t bytes = checker->arena.regions[region].bytes;
+    uint8_t *output = arena_host(&checker->arena, region);
+    size_t at = 0;
+
+    if (checker->other_layout == NULL) {
+        checker->other_layout = malloc(bytes + 1);
+        if (checker->other_layout != NULL)
+            memcpy(checker->other_layout, output, bytes);
+        return;
+    }
+    if (checker->broken == BREAK_LAYOUT && bytes > 0) {
+        output[bytes - 1] ^= 1;
+        checker->planted = true;
+    }
+    if (memcmp(output, checker->other_layout, bytes) == 0)
+        return;
+    while (output[at] == ((uint8_t *)checker->other_layout)[at])
+        at++;
+    check_fail(checker, "output differs from that of row-major weights from byte %zu on", at);
+}
+
+bool wants_path(const struct checker *checker, moe_path path)
 {
     const struct moe_path_info *info = moe_path_info_get(path);
 
@@ -243,10 +296,87 @@ static bool has_step(const struct checker *checker, const char *name)
 {
     for (int p = MOE_PATH_AUTO + 1; p < MOE_PATH_COUNT; p++)
         for (const struct moe_step *step = moe_path_info_get((moe_path)p)->steps;
-             runs_on(checker, (moe_path)p) && step->run != NULL; step++)
+             wants_path(checker, (moe_path)p) && step->run != NULL; step++)
             if (strcmp(step->name, name) == 0)
                 return true;
     return false;
+}
+
+/* auto: whether a path that it could take reads weights of this shape in this layout. */
+static bool reads_layout(const struct checker *checker, moe_path path, const moe_layer_desc *desc, moe_layout layout)
+{
+    if (path != MOE_PATH_AUTO)
+        return (moe_path_info_get(path)->layouts & layout) != 0;
+    for (int p = MOE_PATH_AUTO + 1; p < MOE_PATH_COUNT; p++)
+        if ((moe_path_info_get((moe_path)p)->layouts & layout) != 0 &&
+            moe_path_available(checker->ctx, (moe_path)p, desc, NULL, 0) == MOE_OK)
+            return true;
+    return false;
+}
+
+bool wants_layout(const struct checker *checker, moe_path path, const moe_layer_desc *desc, moe_layout layout)
+{
+    const moe_layout drawn = checker->c != NULL ? checker->c->layout : MOE_LAYOUT_AUTO;
+    const moe_layout wanted = checker->only_layout >= 0 ? (moe_layout)checker->only_layout : drawn;
+
+    if (!reads_layout(checker, path, desc, layout))
+        return false;
+    if (wanted == MOE_LAYOUT_AUTO || wanted == layout)
+        return true;
+    return checker->only_layout < 0 && !reads_layout(checker, path, desc, wanted);
+}
+
+int32_t count_configs(moe_path path)
+{
+    int32_t count = 0;
+
+    while (count + 1 < MAX_CONFIGS && moe_path_config_name(path, count + 1) != NULL)
+        count++;
+    return count;
+}
+
+bool wants_config(const struct checker *checker, moe_path path, int32_t config)
+{
+    const char *wanted = checker->only_config, *name = moe_path_config_name(path, config);
+    const uint32_t drawn = checker->c != NULL ? checker->c->config : 0;
+    uint64_t number;
+
+    if (wanted == NULL)
+        return config == (int32_t)(drawn % ((uint32_t)count_configs(path) + 1));
+    if (parse_number(wanted, &number))
+        return number == (uint64_t)config;
+    return strcmp(wanted, "all") == 0 || (name != NULL && strcmp(wanted, name) == 0);
+}
+
+/* The case on one path, in each layout and configuration that it is for. */
+static void run_path(struct checker *checker, const struct test_case *c, moe_path path, struct expert_rows *rows)
+{
+    const moe_layer_desc desc = case_desc(c);
+    const int64_t failures = checker->failures;
+    const bool runs = path == MOE_PATH_AUTO || moe_path_available(checker->ctx, path, &desc, NULL, 0) == MOE_OK;
+
+    for (int32_t config = 0; config <= count_configs(path); config++) {
+        for (int layout = MOE_LAYOUT_ROW_MAJOR; layout < LAYOUTS && checker->failures == failures; layout++) {
+            if (!wants_config(checker, path, config) || !wants_layout(checker, path, &desc, (moe_layout)layout))
+                continue;
+            check_begin(checker, path, (moe_layout)layout, config);
+            if (!runs) {
+                check_totals(checker)->unsupported++;
+                continue;
+            }
+            check_totals(checker)->cases++;
+            if (c->level == LEVEL_STEPS)
+                check_steps(checker, c);
+            else
+                check_layer(checker, c, rows);
+            if (path == MOE_PATH_AUTO) { /* may take another path on the other layout */
+                free(checker->other_layout);
+                checker->other_layout = NULL;
+            }
+        }
+        free(checker->other_layout);
+        checker->other_layout = NULL;
+    }
 }
 
 static void run_case(struct checker *checker, uint64_t seed)
@@ -254,7 +384,7 @@ static void run_case(struct checker *checker, uint64_t seed)
     struct test_case c;
     struct expert_rows rows = {0};
 
-    case_draw(&c, seed, checker->size);
+    case_draw(&c, seed, checker->kind);
     if (checker->only_op != NULL)
         c.level = LEVEL_STEPS;
     if (!case_fill(&c)) {
@@ -263,25 +393,22 @@ static void run_case(struct checker *checker, uint64_t seed)
         return;
     }
     checker->c = &c;
-    for (int p = 0; p < MOE_PATH_COUNT; p++) {
-        moe_layer_desc desc = case_desc(&c);
-
-        if (!runs_on(checker, (moe_path)p) || (c.level == LEVEL_STEPS && p == MOE_PATH_AUTO))
-            continue;
-        checker->path = (moe_path)p;
-        if (p != MOE_PATH_AUTO && moe_path_available(checker->ctx, checker->path, &desc, NULL, 0) != MOE_OK) {
-            checker->totals[p].unsupported++;
-            continue;
-        }
-        checker->totals[p].cases++;
-        if (c.level == LEVEL_STEPS)
-            check_steps(checker, &c, checker->path);
-        else
-            check_layer(checker, &c, checker->path, &rows);
-    }
+    for (int p = 0; p < MOE_PATH_COUNT; p++)
+        if (wants_path(checker, (moe_path)p) && !(c.level == LEVEL_STEPS && p == MOE_PATH_AUTO))
+            run_path(checker, &c, (moe_path)p, &rows);
     checker->c = NULL;
     expert_rows_free(&rows);
     case_free(&c);
+}
+
+/* Whether some path here has a configuration that --config asks for. */
+static bool has_config(const struct checker *checker)
+{
+    for (int p = MOE_PATH_AUTO; p < MOE_PATH_COUNT; p++)
+        for (int32_t config = 0; wants_path(checker, (moe_path)p) && config <= count_configs((moe_path)p); config++)
+            if (wants_config(checker, (moe_path)p, config))
+                return true;
+    return false;
 }
 
 /* Seeds of the cases: far apart, so that --seed 1 and --seed 2 share none. */
@@ -292,22 +419,32 @@ static uint64_t case_seed(uint64_t seed, int64_t index)
     return random_u64(&random);
 }
 
+void print_totals(const struct checker *checker)
+{
+    printf("%-15s %-10s %6s %8s %12s %9s  %-7s  %s\n", "path", "layout", "config", "cases", "unsupported", "failures",
+           "worst/%", "configuration");
+    for (int p = 0; p < MOE_PATH_COUNT; p++)
+        for (int layout = MOE_LAYOUT_ROW_MAJOR; layout < LAYOUTS; layout++)
+            for (int32_t config = 0; config < MAX_CONFIGS; config++) {
+                const struct totals *t = &checker->totals[p][layout][config];
+                const char *name = moe_path_config_name((moe_path)p, config);
+
+                if (t->cases + t->unsupported > 0)
+                    printf("%-15s %-10s %6d %8" PRId64 " %12" PRId64 " %9" PRId64 "  %7.1f  %s\n",
+                           moe_path_name((moe_path)p), layout_names[layout], config, t->cases, t->unsupported,
+                           t->failures, 100 * t->worst, name != NULL ? name : "-");
+            }
+}
+
 static int summary(const struct checker *checker)
 {
     int64_t cases = 0;
 
-    for (int p = 0; p < MOE_PATH_COUNT; p++) {
-        int64_t ran = checker->totals[p].cases, unsupported = checker->totals[p].unsupported;
-
-        if (ran + unsupported == 0)
-            continue;
-        printf("%-15s %6" PRId64 " cases, %" PRId64 " failures, worst error %.1f %% of its budget",
-               moe_path_name((moe_path)p), ran, checker->totals[p].failures, 100 * checker->totals[p].worst);
-        if (unsupported > 0)
-            printf(", %" PRId64 " not supported", unsupported);
-        printf("\n");
-        cases += ran;
-    }
+    print_totals(checker);
+    for (int p = 0; p < MOE_PATH_COUNT; p++)
+        for (int layout = 0; layout < LAYOUTS; layout++)
+            for (int32_t config = 0; config < MAX_CONFIGS; config++)
+                cases += checker->totals[p][layout][config].cases;
     if (checker->failures > 0)
         printf("checkmoe: %" PRId64 " checks FAILED\n", checker->failures);
     else if (cases == 0)
@@ -327,7 +464,7 @@ static bool run_broken(struct checker *checker, enum break_kind kind, uint64_t s
             int64_t before = checker->failures;
 
             checker->only_path = only;
-            if (!runs_on(checker, (moe_path)p))
+            if (!wants_path(checker, (moe_path)p))
                 continue;
             checker->only_path = (moe_path)p;
             checker->planted = false;
@@ -343,22 +480,23 @@ static bool run_broken(struct checker *checker, enum break_kind kind, uint64_t s
     return planted > 0 && missed == 0 && false_alarms == 0;
 }
 
+static bool runs_packed(const struct checker *checker)
+{
+    for (int p = MOE_PATH_AUTO + 1; p < MOE_PATH_COUNT; p++)
+        if (wants_path(checker, (moe_path)p) && (moe_path_info_get((moe_path)p)->layouts & MOE_LAYOUT_PACKED))
+            return true;
+    return false;
+}
+
 static int run_all_broken(struct checker *checker, enum break_kind kind, uint64_t seed, int64_t cases)
 {
     bool fine = true;
 
     for (int k = BREAK_NONE + 1; k < BREAK_COUNT; k++)
-        if (kind == BREAK_COUNT || kind == (enum break_kind)k)
+        if (kind == (enum break_kind)k ||
+            (kind == BREAK_COUNT && (runs_packed(checker) || (k != BREAK_LAYOUT && k != BREAK_PACKED))))
             fine = run_broken(checker, (enum break_kind)k, seed, cases) && fine;
     return fine ? EXIT_SUCCESS : EXIT_FAILURE;
-}
-
-static bool parse_number(const char *text, uint64_t *number)
-{
-    char *end;
-
-    *number = strtoull(text, &end, 0);
-    return *text != '\0' && *end == '\0';
 }
 
 static bool parse_device(const char *text, moe_context_options *options)
@@ -401,7 +539,7 @@ static bool parse(int argc, char **argv, struct options *o, struct checker *chec
         {"device", 1, NULL, 'd'}, {"path", 1, NULL, 'p'},      {"op", 1, NULL, 'o'},    {"cases", 1, NULL, 'n'},
         {"seed", 1, NULL, 's'},   {"case-seed", 1, NULL, 'x'}, {"small", 0, NULL, 'm'}, {"max-sms", 1, NULL, 'q'},
         {"break", 1, NULL, 'k'},  {"large", 0, NULL, 'l'},     {"bench", 1, NULL, 'b'}, {"dtype", 1, NULL, 't'},
-        {"help", 0, NULL, 'h'},   {NULL, 0, NULL, 0},
+        {"layout", 1, NULL, 'y'}, {"config", 1, NULL, 'c'},    {"help", 0, NULL, 'h'},  {NULL, 0, NULL, 0},
     };
     uint64_t number;
     bool fine = true;
@@ -428,7 +566,16 @@ static bool parse(int argc, char **argv, struct options *o, struct checker *chec
             fine = o->has_one_case = parse_number(optarg, &o->one_case);
             break;
         case 'm':
-            checker->size = CASE_SMALL;
+            checker->kind.small = true;
+            break;
+        case 'y':
+            for (int layout = 0; layout < LAYOUTS; layout++)
+                if (strcmp(optarg, layout_names[layout]) == 0)
+                    checker->only_layout = layout;
+            fine = checker->only_layout >= 0 && strcmp(optarg, layout_names[checker->only_layout]) == 0;
+            break;
+        case 'c':
+            checker->only_config = optarg;
             break;
         case 'q':
             fine = parse_number(optarg, &number) && number <= INT32_MAX;
@@ -470,6 +617,16 @@ static int run(struct checker *checker, const struct options *o)
         fprintf(stderr, "checkmoe: no path here has a step '%s'\n", checker->only_op);
         return 2;
     }
+    for (int p = 0; p < MOE_PATH_COUNT; p++)
+        if (moe_path_config_name((moe_path)p, MAX_CONFIGS) != NULL) {
+            fprintf(stderr, "checkmoe: path %s has more than %d configurations\n", moe_path_name((moe_path)p),
+                    MAX_CONFIGS - 1);
+            return EXIT_FAILURE;
+        }
+    if (checker->only_config != NULL && !has_config(checker)) {
+        fprintf(stderr, "checkmoe: no path here has a configuration '%s'\n", checker->only_config);
+        return 2;
+    }
     if (o->bench != NULL)
         return bench(checker, o->bench, o->dtype);
     if (o->large)
@@ -479,7 +636,7 @@ static int run(struct checker *checker, const struct options *o)
     if (o->has_one_case) {
         struct test_case c;
 
-        case_draw(&c, o->one_case, checker->size);
+        case_draw(&c, o->one_case, checker->kind);
         case_print(&c, stdout);
         printf("\n");
         run_case(checker, o->one_case);
@@ -497,7 +654,8 @@ static int run(struct checker *checker, const struct options *o)
 int main(int argc, char **argv)
 {
     struct options o = {.seed = 1, .cases = 400, .dtype = MOE_BF16, .context = moe_context_options_init()};
-    struct checker checker = {.device_name = "cpu", .only_path = MOE_PATH_COUNT, .max_sms = -1, .size = CASE_NORMAL};
+    static struct checker checker = {
+        .device_name = "cpu", .only_path = MOE_PATH_COUNT, .only_layout = -1, .max_sms = -1};
     char text[1024];
     int32_t previous;
     bool capturing;
@@ -505,8 +663,7 @@ int main(int argc, char **argv)
     o.context.device = MOE_DEVICE_CPU;
     if (!parse(argc, argv, &o, &checker))
         return 2;
-    if (checker.size == CASE_NORMAL && o.context.device == MOE_DEVICE_CUDA)
-        checker.size = CASE_GPU;
+    checker.kind.gpu = o.context.device == MOE_DEVICE_CUDA;
     setvbuf(stdout, NULL, _IOLBF, 0);
 
     moe_status status = moe_context_create(&o.context, &checker.ctx);

@@ -17,6 +17,7 @@ struct setup {
     int counts, offsets, row_token, row_slot, row_weight, slot_row, plan_scratch;
     int rows, gate_up, act, down, scratch, output;
     moe_dtype gate_up_dtype, act_dtype, down_dtype;
+    moe_layer *layer, *packed; /* of the call's weights */
     struct moe_call call;
     struct moe_error error;
 };
@@ -38,6 +39,7 @@ static bool set_up(struct checker *checker, const struct test_case *c, const str
     const int64_t tokens = c->tokens, pairs = tokens * c->slots, hidden = c->hidden, width = c->intermediate;
     const size_t size = moe_dtype_size(c->dtype), io_size = moe_dtype_size(c->io_dtype);
     const size_t weight_bytes = (size_t)(c->experts * hidden * width) * size;
+    moe_layer shape = {.ctx = checker->ctx, .desc = case_desc(c), .weights.layout = checker->layout};
     struct moe_call *call = &s->call;
 
     memset(s, 0, sizeof *s);
@@ -69,39 +71,18 @@ static bool set_up(struct checker *checker, const struct test_case *c, const str
     s->act = add_if(arena, path->needs & MOE_NEED_ACT, "act", pairs * width, s->act_dtype);
     s->down = add_if(arena, path->needs & MOE_NEED_DOWN, "down", pairs * hidden, s->down_dtype);
 
-    *call = (struct moe_call){
-        .exec = &checker->ctx->exec,
-        .error = &s->error,
-        .max_sms = checker->max_sms >= 0 ? checker->max_sms : c->max_sms,
-        .tokens = tokens,
-        .hidden = hidden,
-        .intermediate = width,
-        .slots = c->slots,
-        .dtype = c->dtype,
-        .activation = MOE_ACTIVATION_SILU,
-        .io_dtype = c->io_dtype,
-        .gate = {.tokens = tokens,
-                 .hidden = hidden,
-                 .experts = c->experts,
-                 .top_k = c->top_k,
-                 .x_dtype = c->dtype,
-                 .gate_dtype = c->gate_dtype,
-                 .logits_dtype = c->logits_dtype,
-                 .topk_weight_dtype = c->topk_weight_dtype,
-                 .renormalize = c->renormalize},
-        .plan = {.tokens = tokens,
-                 .slots = c->slots,
-                 .experts = c->experts,
-                 .groups = c->experts,
-                 .ids_dtype = c->ids_dtype},
-    };
+    moe_call_shape(call, &shape, tokens, c->slots, c->io_dtype);
+    call->error = &s->error;
+    call->max_sms = checker->max_sms >= 0 ? checker->max_sms : c->max_sms;
+    call->config = checker->config;
+    call->plan.ids_dtype = c->ids_dtype;
     call->scratch_bytes = path->scratch != NULL ? path->scratch(call) : 0;
     s->scratch = arena_add(arena, "scratch", call->scratch_bytes, NULL, 0);
-    if (!arena_ready(arena))
+    if (!arena_ready(arena) || !make_layers(checker, c, s->gate, s->w13, s->w2, &s->layer, &s->packed))
         return false;
 
-    call->w13 = (struct moe_weights_view){device(arena, s->w13), c->dtype, c->experts, 2 * width, hidden};
-    call->w2 = (struct moe_weights_view){device(arena, s->w2), c->dtype, c->experts, hidden, width};
+    call->w13.data = s->packed != NULL ? s->packed->weights.w13 : device(arena, s->w13);
+    call->w2.data = s->packed != NULL ? s->packed->weights.w2 : device(arena, s->w2);
     call->input = device(arena, s->input);
     call->output = device(arena, s->output);
     call->x = s->x >= 0 ? device(arena, s->x) : device(arena, s->input);
@@ -250,6 +231,7 @@ static void check_tail(struct checker *checker, const struct rows_buffer *buffer
         check_fail(checker, "%s is written past its %" PRId64 " rows in use", region->name, rows);
 }
 
+/* From the buffer that the first of these stages reads to the one that the last of them writes. */
 static void check_rows(struct checker *checker, const struct test_case *c, const struct setup *s, unsigned stages)
 {
     const struct rows_buffer x = {s->x >= 0 ? s->x : s->input, c->dtype, c->hidden};
@@ -259,7 +241,8 @@ static void check_rows(struct checker *checker, const struct test_case *c, const
     const struct rows_buffer to = stages & MOE_STAGE_GEMM2 ? down : stages & MOE_STAGE_ACTIVATION ? act : gate_up;
     const bool fused = (stages & (stages - 1)) != 0;
     const bool any_f16 = c->dtype == MOE_F16 || to.dtype == MOE_F16;
-    const double budget = fused ? budget_layer(checker->path, c, to.dtype) : budget_operation(to.dtype);
+    const double budget = fused && budget_rounds_inside(checker->path) ? budget_layer(checker->path, c, to.dtype)
+                                                                       : budget_operation(to.dtype);
     const int32_t *offsets = plan_ints(checker, s->offsets), *row_token = plan_ints(checker, s->row_token);
     const void *source = arena_host(&checker->arena, from.region), *result = arena_host(&checker->arena, to.region);
     double *in = malloc((size_t)(BLOCK_ROWS * (from.width + 2 * to.width)) * sizeof(double));
@@ -298,6 +281,25 @@ static void check_rows(struct checker *checker, const struct test_case *c, const
 done:
     free(in);
     free(work);
+}
+
+/* Fused stages are checked at every buffer that they leave, each from the one before it. */
+static void check_ffn(struct checker *checker, const struct test_case *c, const struct setup *s, unsigned stages)
+{
+    const struct {
+        unsigned stage;
+        int leaves;
+    } parts[] = {{MOE_STAGE_GEMM1, s->gate_up}, {MOE_STAGE_ACTIVATION, s->act}, {MOE_STAGE_GEMM2, s->down}};
+    const int64_t failures = checker->failures;
+    unsigned since = 0;
+
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0] && checker->failures == failures; i++) {
+        since |= stages & parts[i].stage;
+        if (since != 0 && parts[i].leaves >= 0) {
+            check_rows(checker, c, s, since);
+            since = 0;
+        }
+    }
 }
 
 static void check_combine(struct checker *checker, const struct test_case *c, const struct setup *s)
@@ -355,9 +357,25 @@ static void check_step(struct checker *checker, const struct test_case *c, const
     if ((stages & MOE_STAGE_GATHER) && !(stages & rows))
         check_gather(checker, c, s);
     if (stages & rows)
-        check_rows(checker, c, s, stages & rows);
+        check_ffn(checker, c, s, stages & rows);
     if (stages & MOE_STAGE_COMBINE)
         check_combine(checker, c, s);
+}
+
+/* The largest element of the last row changes its sign. */
+static void plant_act(struct checker *checker, const struct test_case *c, const struct setup *s)
+{
+    void *act = arena_host(&checker->arena, s->act);
+    const int64_t row = (plan_ints(checker, s->offsets)[c->experts] - 1) * c->intermediate;
+    int64_t at = row;
+
+    for (int64_t i = row; i < row + c->intermediate; i++)
+        if (fabsf(moe_load_f32(act, s->act_dtype, i)) > fabsf(moe_load_f32(act, s->act_dtype, at)))
+            at = i;
+    if (moe_load_f32(act, s->act_dtype, at) == 0)
+        return;
+    moe_store_f32(act, s->act_dtype, at, -moe_load_f32(act, s->act_dtype, at));
+    checker->planted = true;
 }
 
 static void plant(struct checker *checker, const struct test_case *c, const struct setup *s, unsigned stages, int run)
@@ -366,6 +384,14 @@ static void plant(struct checker *checker, const struct test_case *c, const stru
 
     if (checker->broken == BREAK_PLAN && (stages & MOE_STAGE_PLAN) && plan_ints(checker, s->offsets)[c->experts] > 0) {
         row_token[0]++;
+        checker->planted = true;
+    }
+    if (checker->broken == BREAK_ACT && (stages & MOE_STAGE_ACTIVATION) && c->intermediate >= 8 && s->act >= 0 &&
+        plan_ints(checker, s->offsets)[c->experts] > 0)
+        plant_act(checker, c, s);
+    if (checker->broken == BREAK_TAIL && (stages & MOE_STAGE_GEMM2) &&
+        plan_ints(checker, s->offsets)[c->experts] < c->tokens * c->slots) {
+        ((uint8_t *)arena_host(&checker->arena, s->down))[checker->arena.regions[s->down].bytes - 1] ^= 1;
         checker->planted = true;
     }
     if (stages & MOE_STAGE_COMBINE)
@@ -390,17 +416,11 @@ static bool run_step(struct checker *checker, const struct test_case *c, struct 
     return check_arena(checker, writes(s, step->stages));
 }
 
-void check_steps(struct checker *checker, const struct test_case *c, moe_path path)
+static void run_steps(struct checker *checker, const struct test_case *c, const struct moe_path_info *info,
+                      struct setup *s)
 {
-    const struct moe_path_info *info = moe_path_info_get(path);
-    struct setup s;
     uint8_t *first = NULL;
-
-    checker->op = "set-up";
-    if (c->tokens == 0 || info == NULL || !set_up(checker, c, info, &s)) /* no call without tokens reaches a step */
-        return;
-
-    const struct region *output = &checker->arena.regions[s.output];
+    const struct region *output = &checker->arena.regions[s->output];
     for (int run = 0; run < c->repeats; run++) {
         int64_t failures = checker->failures;
 
@@ -408,10 +428,10 @@ void check_steps(struct checker *checker, const struct test_case *c, moe_path pa
             break;
         for (const struct moe_step *step = info->steps; step->run != NULL; step++) {
             checker->op = step->name;
-            if (!run_step(checker, c, &s, step, run))
+            if (!run_step(checker, c, s, step, run))
                 break;
             if (run == 0 && (checker->only_op == NULL || strcmp(checker->only_op, step->name) == 0))
-                check_step(checker, c, &s, step->stages);
+                check_step(checker, c, s, step->stages);
             if (checker->failures != failures) /* what follows from a wrong result is of no interest */
                 break;
         }
@@ -427,4 +447,25 @@ void check_steps(struct checker *checker, const struct test_case *c, moe_path pa
         }
     }
     free(first);
+}
+
+void check_steps(struct checker *checker, const struct test_case *c)
+{
+    const struct moe_path_info *info = moe_path_info_get(checker->path);
+    const int64_t failures = checker->failures;
+    struct setup s;
+
+    if (c->tokens == 0 || info == NULL) /* no call without tokens reaches a step */
+        return;
+    checker->op = "set-up";
+    if (set_up(checker, c, info, &s))
+        run_steps(checker, c, info, &s);
+    else if (checker->failures == failures)
+        check_fail(checker, "no memory");
+    if (checker->failures == failures && s.packed != NULL)
+        check_packed(checker, c, s.packed); /* nothing has written to them */
+    if (checker->failures == failures)
+        check_layouts(checker, s.output);
+    moe_layer_destroy(s.packed);
+    moe_layer_destroy(s.layer);
 }

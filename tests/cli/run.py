@@ -9,6 +9,7 @@ whatever moment that hits must leave a good state.
 """
 
 import argparse
+import csv
 import json
 import math
 import os
@@ -74,7 +75,8 @@ MASKS = [
     (r"\d+(\.\d+)? (s|ms|us)\b", "TIME"),
     (r"(?m)^device .*", "device   DEVICE"),
     (r"error \d\S*", "error ERROR"),
-    (r"(?m)^( *(?:cublas-loop|cublas-grouped|padded|simple) +).*", r"\1DEPENDS"),
+    (r"(?m)^( *(?:cublas-loop|cublas-grouped|padded|simple|prefill) +).*", r"\1DEPENDS"),
+    (r"(?m)^(layout +).*", r"\1DEPENDS"),
 ]
 
 
@@ -634,6 +636,75 @@ def test_json():
     check(report("synth", "--like", "tiny-mixtral", "--output", "n")["files"] == 1, "synth --json")
 
 
+def test_layouts():
+    """Every path that can run here gets the layer in a layout that it reads."""
+    tiny()
+    result = report("inspect", "--model", "m")
+    layouts = {p["name"]: p["layouts"] for p in result["paths"]}
+    check(layouts["simple"] == ["row-major"] and layouts["prefill"] == ["row-major", "packed"], f"{layouts}")
+    loaded = (result["layer"]["layout"], result["layer"]["layout_device"])
+    check(loaded == (("packed", "cuda:0") if have_gpu() else ("row-major", "cpu")), f"{loaded}")
+    for path in result["paths"]:
+        if path["available"]:
+            run = report("forward", "--model", "m", "--input", "x.safetensors", "--output", "y", "--device",
+                         path["device"], "--path", path["name"])  # fmt: skip
+            check(run["path"] == path["name"], f"{run}")
+
+
+def test_bench():
+    """Times and their ratios to the floor of one run, in three formats; the lists of what to time."""
+    run = ["bench", "--shape", "64,96,5,2", "--device", "cpu", "--reps", 3, "--seconds", 1]
+    result = report(*run, "--tokens", "7,2", "--paths", "auto,cpu,prefill", "--stages")
+    check([p["tokens"] for p in result["points"]] == [2, 7], f"{result}")
+    check([u["path"] for u in result["unavailable"]] == ["prefill"], f"{result}")
+    for point in result["points"]:
+        floor = max(point[c]["median_seconds"] for c in ("read", "dense") if c in point)
+        check(point["floor_seconds"] == floor and point["experts_touched"] <= 5, f"{point}")
+        check(point["flops"] == point["tokens"] * (6 * 2 * 64 * 96 + 2 * 64 * 5), f"{point}")
+        parts = [(r["path"], r["part"]) for r in point["results"]]
+        check(parts == [(p, q) for p in ("auto", "cpu") for q in ("layer", "route", "experts")], f"{parts}")
+        for entry in point["results"]:
+            check((entry["ran"], entry["layout"]) == ("cpu", "row-major") and "config" not in entry, f"{entry}")
+            check(("why" in entry) == (entry["path"] == "auto"), f"{entry}")
+            check(("time_over_floor" in entry) == (entry["part"] != "route"), f"{entry}")
+            if entry["part"] == "route":
+                continue
+            over = entry["time"]["median_seconds"] / floor
+            check(abs(entry["time_over_floor"] / over - 1) < 1e-9, f"{entry}")
+            check(abs(entry["share_of_floor"] * over - 1) < 1e-9, f"{entry}")
+            rate = point["flops"] / entry["time"]["median_seconds"] / 1e12
+            check(abs(entry["tflop_per_s"] / rate - 1) < 1e-9, f"{entry}")
+
+    lines = list(csv.DictReader(moe(*run, "--tokens", 3, "--paths", "cpu,reference", "--csv")[0].splitlines()))
+    check([line["path"] for line in lines] == ["reference", "cpu"], f"{lines}")
+    for line in lines:
+        over = float(line["seconds"]) / max(float(line["read_seconds"]), float(line["dense_seconds"] or 0))
+        check(abs(float(line["over_floor"]) / over - 1) < 1e-3 and None not in line, f"{line}")
+        plain = {"layout": "row-major", "config": "", "max_sms": "0", "of_all_sms": ""}
+        check(line | plain == line, f"{line}")
+    out, _ = moe(*run, "--tokens", 3, "--paths", "auto,cpu", "--layouts", "row-major")
+    check(re.search(r"(?m)^ +3  auto > cpu +\S+ \S+ .* \d+\.\d{3}  \S.*\n +3  cpu +\S+ \S+ .* \d+\.\d{3}$", out), out)
+
+    fails(2, "--paths has 'prefil', .*did you mean 'prefill'", *run, "--paths", "cpu,prefil")
+    fails(2, "--layouts has 'auto', expected packed or row-major", *run, "--layouts", "packed,auto")
+    fails(2, "--configs has 'all', which no path of --paths has", *run, "--paths", "cpu", "--configs", "all")
+    fails(2, "--max-sms has '0', expected an integer from 1", *run, "--max-sms", "8,0")
+    fails(2, "--tokens has '1x'", *run, "--tokens", "1x")
+    fails(2, "--like 'olmo' is no shape.*, did you mean 'olmoe'", "bench", "--like", "olmo")
+    fails(2, "--shape is '64,96,5'", "bench", "--shape", "64,96,5")
+    fails(2, "--shape is '64,96,5,6'", "bench", "--shape", "64,96,5,6")
+    fails(3, "--max-sms is for a GPU", *run, "--max-sms", 8)
+    fails(3, "packed weights: path 'prefill'", *run, "--layouts", "packed")
+
+
+def test_torch_compare():
+    """Without torch, a GPU or the library it says so in one line."""
+    script = os.path.join(HERE, "..", "..", "tools", "ctypes", "torch_compare.py")
+    done = subprocess.run([sys.executable, "-B", script, "./none.so"], capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    check(done.returncode == 3 and len(lines) == 1 and lines[0].startswith("torch_compare: "), f"{done}")
+
+
 def test_bench_load():
     """Loading is timed against a plain read of the same bytes: of the layer asked for, from all its shards."""
     moe("synth", "--like", "tiny-mixtral", "--output", "m", "--layers", 2, "--shard-size", 100000)
@@ -653,7 +724,8 @@ def test_bench_load():
     check(err == "", err)
     fails(2, "--load needs --model", "bench", "--load")
     fails(2, "--load needs --model", "bench", "--load", "--like", "olmoe")
-    for words in (["--tokens", 1], ["--paths", "cpu"], ["--stages"], ["--seconds", 1], ["--csv"]):
+    for words in (["--tokens", 1], ["--paths", "cpu"], ["--layouts", "packed"], ["--configs", 1], ["--max-sms", 1],
+                  ["--stages"], ["--seconds", 1], ["--csv"]):  # fmt: skip
         fails(2, "are not for --load", *load, *words)
     fails(2, "--layer is 2, but m has layers 0 to 1", *load, "--layer", 2)
     os.unlink("m/model-00002-of-00004.safetensors")

@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdlib.h>
 
 #include <cmocka.h>
@@ -180,6 +181,80 @@ static void newer_struct(void **state)
     refused(f, moe_forward(f->layer, &newer.batch, f->workspace, f->bytes, NULL), MOE_ERROR_INVALID_ARGUMENT, "byte");
     newer.later = 0;
     assert_int_equal(moe_forward(f->layer, &newer.batch, f->workspace, f->bytes, NULL), MOE_OK);
+}
+
+/* A struct from an older header is taken too: what it lacks counts as zero, and is not looked at. */
+static void older_struct(void **state)
+{
+    struct fixture *f = *state;
+    moe_batch batch = f->batch;
+    batch.config = -1;
+    batch.size = offsetof(moe_batch, config);
+    assert_int_equal(moe_forward(f->layer, &batch, f->workspace, f->bytes, NULL), MOE_OK);
+    memset(f->y, 0, sizeof f->y);
+    batch.size--;
+    refused(f, moe_forward(f->layer, &batch, f->workspace, f->bytes, NULL), MOE_ERROR_INVALID_ARGUMENT,
+            "moe_batch.size is 95, expected at least 96");
+
+    moe_layer_desc desc = moe_layer_desc_init(MOE_F32);
+    moe_layer_weights weights = moe_layer_weights_init();
+    moe_layer *layer = NULL;
+    assert_int_equal(moe_layer_describe(f->layer, &desc), MOE_OK);
+    weights.layout = (moe_layout)77;
+    weights.size = offsetof(moe_layer_weights, layout);
+    assert_int_equal(moe_layer_weights_get(f->layer, &weights), MOE_OK);
+    assert_ptr_equal(weights.w2, f->w2);
+    assert_int_equal(weights.layout, 77);
+    assert_int_equal(weights.size, offsetof(moe_layer_weights, layout));
+    assert_int_equal(moe_layer_create(f->ctx, &desc, &weights, &layer), MOE_OK);
+    weights.size = sizeof weights;
+    assert_int_equal(moe_layer_weights_get(layer, &weights), MOE_OK);
+    assert_int_equal(weights.layout, MOE_LAYOUT_ROW_MAJOR);
+    assert_int_equal(weights.size, sizeof weights);
+    moe_layer_destroy(layer);
+    weights.size = 16;
+    refused(f, moe_layer_create(f->ctx, &desc, &weights, &layer), MOE_ERROR_INVALID_ARGUMENT, "expected at least 32");
+    refused(f, moe_layer_weights_get(f->layer, &weights), MOE_ERROR_INVALID_ARGUMENT, "expected at least 32");
+}
+
+static void configs(void **state)
+{
+    struct fixture *f = *state;
+    assert_null(moe_path_config_name(MOE_PATH_REFERENCE, 1));
+    assert_null(moe_path_config_name(MOE_PATH_AUTO, 1));
+    assert_null(moe_path_config_name((moe_path)-1, 1));
+    assert_null(moe_path_config_name(MOE_PATH_COUNT, 1));
+    assert_null(moe_path_config_name(MOE_PATH_PREFILL, 0));
+    assert_null(moe_path_config_name(MOE_PATH_PREFILL, -1));
+    assert_null(moe_path_config_name(MOE_PATH_PREFILL, INT32_MAX));
+    FORWARD_REFUSES(config, 1, MOE_ERROR_INVALID_ARGUMENT,
+                    "moe_batch.config is 1, expected 0 to 0 on path 'reference'");
+    FORWARD_REFUSES(config, -1, MOE_ERROR_INVALID_ARGUMENT, "moe_batch.config is -1");
+    moe_batch batch = f->batch;
+    batch.path = MOE_PATH_AUTO;
+    batch.config = 1;
+    refused(f, moe_route(f->layer, &batch, f->workspace, f->bytes, NULL), MOE_ERROR_INVALID_ARGUMENT, "path 'cpu'");
+}
+
+static void layouts(void **state)
+{
+    struct fixture *f = *state;
+    moe_layer_desc desc = moe_layer_desc_init(MOE_F32);
+    moe_layer_weights weights = moe_layer_weights_init();
+    assert_int_equal(moe_layer_describe(f->layer, &desc), MOE_OK);
+    assert_int_equal(moe_layer_weights_get(f->layer, &weights), MOE_OK);
+    assert_int_equal(weights.layout, MOE_LAYOUT_ROW_MAJOR);
+    moe_layer *layer = (moe_layer *)f;
+    weights.layout = MOE_LAYOUT_PACKED;
+    refused(f, moe_layer_create(f->ctx, &desc, &weights, &layer), MOE_ERROR_UNSUPPORTED, "packed weights: path");
+    assert_null(layer);
+    weights.layout = (moe_layout)3;
+    refused(f, moe_layer_create(f->ctx, &desc, &weights, &layer), MOE_ERROR_INVALID_ARGUMENT, "layout 3");
+    layer = (moe_layer *)f;
+    refused(f, moe_layer_pack(f->layer, &layer), MOE_ERROR_UNSUPPORTED, "packed weights: path");
+    assert_null(layer);
+    assert_int_equal(moe_layer_pack(NULL, &layer), MOE_ERROR_INVALID_ARGUMENT);
+    assert_int_equal(moe_layer_pack(f->layer, NULL), MOE_ERROR_INVALID_ARGUMENT);
 }
 
 static void bad_layers(void **state)
@@ -392,8 +467,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-        TEST(bad_batches), TEST(bad_workspaces), TEST(newer_struct), TEST(bad_layers), TEST(bad_contexts),
-        TEST(seams),       TEST(no_tokens),      TEST(names),        TEST(threads),
+        TEST(bad_batches), TEST(bad_workspaces), TEST(newer_struct), TEST(older_struct), TEST(configs), TEST(layouts),
+        TEST(bad_layers),  TEST(bad_contexts),   TEST(seams),        TEST(no_tokens),    TEST(names),   TEST(threads),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

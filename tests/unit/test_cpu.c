@@ -137,8 +137,9 @@ static void layer_make(struct layer *l, const struct shape *s, moe_dtype dtype, 
     c->dtype = dtype;
     c->io_dtype = io_dtype;
     c->activation = MOE_ACTIVATION_SILU;
-    c->w13 = (struct moe_weights_view){l->w13.data, dtype, s->experts, 2 * s->intermediate, s->hidden};
-    c->w2 = (struct moe_weights_view){l->w2.data, dtype, s->experts, s->hidden, s->intermediate};
+    c->w13 =
+        (struct moe_weights_view){l->w13.data, dtype, MOE_LAYOUT_ROW_MAJOR, s->experts, 2 * s->intermediate, s->hidden};
+    c->w2 = (struct moe_weights_view){l->w2.data, dtype, MOE_LAYOUT_ROW_MAJOR, s->experts, s->hidden, s->intermediate};
     c->x = l->x.data;
     c->act = l->act.data;
     c->down = l->down.data;

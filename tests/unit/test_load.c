@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -15,8 +16,10 @@
 #include <cmocka.h>
 
 #include "kernels/cpu/pool.h"
+#include "kernels/packed.h"
 #include "runtime/load.h"
 #include "tests/unit/files.h"
+#include "tests/unit/packer.h"
 
 #define MB ((uint64_t)1 << 20)
 
@@ -168,14 +171,14 @@ static void load_and_check(moe_device device, int32_t threads)
     options.progress = on_progress;
     options.progress_user = &watch;
     clear_parts();
-    assert_int_equal(moe_load_parts(ctx, &source, parts, &options, NULL), MOE_OK);
+    assert_int_equal(moe_load_parts(ctx, &source, MOE_LAYOUT_ROW_MAJOR, parts, &options, NULL), MOE_OK);
     check_parts();
     assert_in_range(watch.calls, 2, 102);
     assert_int_equal(watch.last, watch.total);
     assert_int_equal(watch.total, source.part_bytes[0] + source.part_bytes[1] + source.part_bytes[2]);
 
     clear_parts();
-    assert_int_equal(moe_load_parts(ctx, &source, parts, NULL, NULL), MOE_OK);
+    assert_int_equal(moe_load_parts(ctx, &source, MOE_LAYOUT_ROW_MAJOR, parts, NULL, NULL), MOE_OK);
     check_parts();
     free_context(ctx);
 }
@@ -188,20 +191,27 @@ struct moe_cuda_stage {
         char *host;
         void *device;
         size_t bytes;
+        struct moe_weights_view view; /* with rows > 0: packed into `device` */
+        bool w13;
+        int64_t first, rows;
     } buffers[2];
     size_t bytes;
+    bool lands;
     int next;
 };
 
 static int stages, sends_left = 1 << 30; /* for failures */
+static size_t stage_bytes;               /* of the last one */
 
-moe_status __wrap_moe_cuda_stage_create(int32_t device, size_t bytes, struct moe_cuda_stage **stage,
+moe_status __wrap_moe_cuda_stage_create(int32_t device, size_t bytes, bool lands, struct moe_cuda_stage **stage,
                                         struct moe_error *err);
 moe_status __wrap_moe_cuda_stage_next(struct moe_cuda_stage *stage, void **host, struct moe_error *err);
 moe_status __wrap_moe_cuda_stage_send(struct moe_cuda_stage *stage, void *device, size_t bytes, struct moe_error *err);
+moe_status __wrap_moe_cuda_stage_pack(struct moe_cuda_stage *stage, const struct moe_weights_view *view, bool w13,
+                                      int64_t first, int64_t rows, void *packed, struct moe_error *err);
 moe_status __wrap_moe_cuda_stage_destroy(struct moe_cuda_stage *stage, struct moe_error *err);
 
-moe_status __wrap_moe_cuda_stage_create(int32_t device, size_t bytes, struct moe_cuda_stage **stage,
+moe_status __wrap_moe_cuda_stage_create(int32_t device, size_t bytes, bool lands, struct moe_cuda_stage **stage,
                                         struct moe_error *err)
 {
     (void)device;
@@ -210,16 +220,34 @@ moe_status __wrap_moe_cuda_stage_create(int32_t device, size_t bytes, struct moe
     assert_non_null(*stage);
     for (int i = 0; i < 2; i++)
         assert_non_null((*stage)->buffers[i].host = malloc(bytes));
-    (*stage)->bytes = bytes;
+    (*stage)->bytes = stage_bytes = bytes;
+    (*stage)->lands = lands;
     stages++;
     return MOE_OK;
 }
 
+/* What moe_pack_rows does, but for the padding. */
+static void pack_rows(const struct moe_weights_view *view, bool w13, int64_t first, int64_t rows, const char *canonical,
+                      char *packed)
+{
+    for (int64_t row = first; row < first + rows; row++) {
+        const int64_t from = row % view->rows, to = w13 ? moe_packed_w13_row(view->rows, from) : from;
+        char *expert = packed + (uint64_t)(row / view->rows) * moe_packed_expert_bytes(view->rows, view->cols);
+        for (int64_t chunk = 0; chunk < view->cols / 8; chunk++)
+            memcpy(expert + moe_packed_offset(view->rows, view->cols, to, chunk),
+                   canonical + ((row - first) * view->cols + chunk * 8) * 2, 16);
+    }
+}
+
 static void finish_copy(struct moe_cuda_stage *stage, int i)
 {
-    if (stage->buffers[i].device != NULL)
+    if (stage->buffers[i].rows > 0)
+        pack_rows(&stage->buffers[i].view, stage->buffers[i].w13, stage->buffers[i].first, stage->buffers[i].rows,
+                  stage->buffers[i].host, stage->buffers[i].device);
+    else if (stage->buffers[i].device != NULL)
         memcpy(stage->buffers[i].device, stage->buffers[i].host, stage->buffers[i].bytes);
     stage->buffers[i].device = NULL;
+    stage->buffers[i].rows = 0;
 }
 
 moe_status __wrap_moe_cuda_stage_next(struct moe_cuda_stage *stage, void **host, struct moe_error *err)
@@ -239,6 +267,20 @@ moe_status __wrap_moe_cuda_stage_send(struct moe_cuda_stage *stage, void *device
     stage->buffers[stage->next].device = device;
     stage->buffers[stage->next].bytes = bytes;
     return MOE_OK;
+}
+
+moe_status __wrap_moe_cuda_stage_pack(struct moe_cuda_stage *stage, const struct moe_weights_view *view, bool w13,
+                                      int64_t first, int64_t rows, void *packed, struct moe_error *err)
+{
+    assert_true(stage->lands);
+    assert_int_equal(first % 8, 0);
+    assert_int_equal(rows % 8, 0);
+    assert_true(first >= 0 && rows > 0 && first + rows <= view->experts * view->rows);
+    stage->buffers[stage->next].view = *view;
+    stage->buffers[stage->next].w13 = w13;
+    stage->buffers[stage->next].first = first;
+    stage->buffers[stage->next].rows = rows;
+    return __wrap_moe_cuda_stage_send(stage, packed, (size_t)(rows * view->cols) * 2, err);
 }
 
 moe_status __wrap_moe_cuda_stage_destroy(struct moe_cuda_stage *stage, struct moe_error *err)
@@ -314,7 +356,7 @@ static void test_small_segments(void **state)
             options.progress = on_progress;
             options.progress_user = &watch;
             memset(got, 0, sizeof got);
-            assert_int_equal(moe_load_parts(ctx, &many, places, &options, NULL), MOE_OK);
+            assert_int_equal(moe_load_parts(ctx, &many, MOE_LAYOUT_ROW_MAJOR, places, &options, NULL), MOE_OK);
             assert_memory_equal(got, expected, sizeof got);
             assert_in_range(watch.calls, 2, 102);
             assert_int_equal(watch.last, sizeof got);
@@ -328,7 +370,7 @@ static void expect_failure(moe_device device, moe_status wanted, const char *tex
     for (int32_t threads = 0; threads <= 3; threads++) {
         moe_context *ctx = make_context(device, threads);
         struct moe_error err = {{0}};
-        assert_int_equal(moe_load_parts(ctx, &source, parts, NULL, &err), wanted);
+        assert_int_equal(moe_load_parts(ctx, &source, MOE_LAYOUT_ROW_MAJOR, parts, NULL, &err), wanted);
         if (strstr(err.text, text) == NULL)
             fail_msg("message '%s' does not contain '%s'", err.text, text);
         free_context(ctx);
@@ -361,7 +403,7 @@ static void test_failures(void **state)
         moe_context *ctx = make_context(MOE_DEVICE_CUDA, k);
         struct moe_error err = {{0}};
         sends_left = k;
-        assert_int_equal(moe_load_parts(ctx, &source, parts, NULL, &err), MOE_ERROR_DEVICE);
+        assert_int_equal(moe_load_parts(ctx, &source, MOE_LAYOUT_ROW_MAJOR, parts, NULL, &err), MOE_ERROR_DEVICE);
         assert_string_equal(err.text, "the copy failed");
         assert_int_equal(stages, 0);
         free_context(ctx);
@@ -370,11 +412,104 @@ static void test_failures(void **state)
     load_and_check(MOE_DEVICE_CPU, 2);
 }
 
+/* A layer's file: gate, w13, w2 as checkpoints have them, stacked or expert by expert with the last expert first. */
+struct packed_case {
+    int32_t experts;
+    int64_t hidden, intermediate;
+    bool stacked;
+};
+
+enum { MAX_EXPERTS = 3 };
+
+static void load_packed(const struct packed_case *c, int fd, const char *path)
+{
+    const uint64_t half = (uint64_t)(c->intermediate * c->hidden) * 2, gate = (uint64_t)(c->experts * c->hidden) * 2;
+    const uint64_t experts = (uint64_t)c->experts, total = gate + 3 * half * experts;
+    struct moe_segment list[1 + 3 * MAX_EXPERTS];
+    struct moe_layer_source from = {.desc = moe_layer_desc_init(MOE_BF16),
+                                    .part_bytes = {gate, 2 * half * experts, half * experts},
+                                    .segments = list};
+    size_t count = 0;
+    uint64_t at = 5; /* files are not aligned */
+    from.desc.hidden_size = c->hidden;
+    from.desc.intermediate_size = c->intermediate;
+    from.desc.num_experts = c->experts;
+#define ADD(size, to, offset)                                                                                          \
+    do {                                                                                                               \
+        list[count++] = (struct moe_segment){fd, path, at, size, to, offset};                                          \
+        at += size;                                                                                                    \
+    } while (0)
+    ADD(gate, MOE_PART_GATE, 0);
+    if (c->stacked) {
+        ADD(2 * half * experts, MOE_PART_W13, 0);
+        ADD(half * experts, MOE_PART_W2, 0);
+    } else {
+        for (uint64_t e = experts; e-- > 0;) {
+            ADD(half, MOE_PART_W13, (2 * e + 1) * half);
+            ADD(half, MOE_PART_W2, e * half);
+            ADD(half, MOE_PART_W13, 2 * e * half);
+        }
+    }
+#undef ADD
+    from.segment_count = count;
+
+    char *file = malloc(total), *canonical = malloc(total);
+    assert_true(file != NULL && canonical != NULL);
+    for (uint64_t i = 0; i < total; i++)
+        file[i] = (char)pattern(1, i);
+    assert_int_equal(pwrite(fd, file, total, 5), total);
+    uint64_t start[MOE_PART_COUNT] = {0, gate, gate + 2 * half * experts};
+    for (size_t i = 0; i < count; i++)
+        memcpy(canonical + start[list[i].part] + list[i].part_offset, file + list[i].file_offset - 5, list[i].bytes);
+
+    const uint16_t *w13 = (const uint16_t *)(canonical + start[1]), *w2 = (const uint16_t *)(canonical + start[2]);
+    const size_t w13_count = packer_pack(w13, c->experts, 2 * c->intermediate, c->hidden, true, NULL);
+    const size_t w2_count = packer_pack(w2, c->experts, c->hidden, c->intermediate, false, NULL);
+    uint16_t *expected = malloc((w13_count + w2_count) * 2), *got = malloc((w13_count + w2_count) * 2);
+    void *places[MOE_PART_COUNT] = {malloc(gate), got, got + w13_count};
+    assert_true(expected != NULL && got != NULL && places[0] != NULL);
+    packer_pack(w13, c->experts, 2 * c->intermediate, c->hidden, true, expected);
+    packer_pack(w2, c->experts, c->hidden, c->intermediate, false, expected + w13_count);
+    for (int32_t threads = 0; threads <= 2; threads++) {
+        moe_context *ctx = make_context(MOE_DEVICE_CUDA, threads);
+        memset(got, 0, (w13_count + w2_count) * 2);
+        assert_int_equal(moe_load_parts(ctx, &from, MOE_LAYOUT_PACKED, places, NULL, NULL), MOE_OK);
+        assert_memory_equal(places[0], canonical, gate);
+        assert_int_equal(memcmp(got, expected, (w13_count + w2_count) * 2), 0);
+        assert_in_range(stage_bytes, 1, 3 * half); /* never more than an expert twice */
+        free_context(ctx);
+    }
+    assert_int_equal(stages, 0);
+    free(file);
+    free(canonical);
+    free(expected);
+    free(got);
+    free(places[0]);
+}
+
+static void test_packed(void **state)
+{
+    (void)state;
+    char path[128];
+    snprintf(path, sizeof path, "%s", files_path("packed"));
+    /* Stacks are cut within an expert; the last one's expert is larger than a pinned buffer. */
+    const struct packed_case cases[] = {
+        {3, 40, 24, false},  {3, 40, 24, true},    {3, 136, 72, false},   {3, 136, 72, true},
+        {1, 65536, 8, true}, {1, 8, 65536, false}, {1, 2056, 2056, true},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
+        assert_true(fd >= 0);
+        load_packed(&cases[i], fd, path);
+        close(fd);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_host_memory),    cmocka_unit_test(test_threads),  cmocka_unit_test(test_stage),
-        cmocka_unit_test(test_small_segments), cmocka_unit_test(test_failures),
+        cmocka_unit_test(test_host_memory),    cmocka_unit_test(test_threads), cmocka_unit_test(test_stage),
+        cmocka_unit_test(test_small_segments), cmocka_unit_test(test_packed),  cmocka_unit_test(test_failures),
     };
     return cmocka_run_group_tests(tests, setup_all, teardown_all);
 }

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The parts of `moe bench`: a workload (a layer and its tokens), a machine (a clock, and the two ceilings that it
- * measures), the meter that brings both together at each token count, and the report. Loading is measured by itself.
+ * measures), the plan of what to time, the meter that brings them together at each token count, and the report. Loading
+ * is measured by itself.
  */
 #ifndef MOE_TOOLS_BENCH_BENCH_H
 #define MOE_TOOLS_BENCH_BENCH_H
@@ -28,11 +29,13 @@ enum bench_routing {
     BENCH_SINGLE,  /* every token goes to experts 0 to top_k - 1 */
 };
 
+enum { BENCH_LAYOUTS = MOE_LAYOUT_PACKED + 1 };
+
 struct bench_workload {
     moe_context *ctx;
-    moe_layer *layer;
+    moe_layer *layers[BENCH_LAYOUTS]; /* the same weights by moe_layout: row-major, and packed or NULL */
     moe_layer_desc desc;
-    moe_layer_weights weights; /* where the layer's are, for the read ceiling */
+    moe_layer_weights weights; /* where the row-major layer's are, for the read ceiling */
     void *parts[3];            /* weights that the workload owns, on the device */
     uint64_t part_bytes[3];
     int64_t max_tokens;
@@ -50,8 +53,10 @@ void bench_weights_free(moe_context *ctx, void *pointer, uint64_t bytes);
  * up in any case. */
 moe_status bench_workload_create(struct bench_workload *w, moe_context *ctx, const struct bench_shape *shape,
                                  moe_dtype dtype, enum bench_routing routing);
-/* Takes a layer that was loaded; the workload destroys it. */
+/* Takes a row-major layer that was loaded; the workload destroys it. */
 moe_status bench_workload_adopt(struct bench_workload *w, moe_context *ctx, moe_layer *layer);
+/* Adds the packed form of the layer; MOE_ERROR_UNSUPPORTED where no path reads it. */
+moe_status bench_workload_pack(struct bench_workload *w);
 /* Random hidden states for up to max_tokens tokens. */
 moe_status bench_workload_tokens(struct bench_workload *w, int64_t max_tokens, enum bench_routing routing);
 void bench_workload_free(struct bench_workload *w);
@@ -84,16 +89,17 @@ struct bench_call {
 struct bench_machine {
     /* Called once a point, before the ceilings; *p stays until the next one. */
     moe_status (*point)(struct bench_machine *m, const struct bench_point *p, struct moe_error *err);
-    /* How long reading the point's bytes takes, and a dense matrix product of its FLOPs; one sample each. After `read`
-     * the caches hold nothing of the layer. */
+    /* How long reading the point's bytes takes, and a dense matrix product of its FLOPs; one sample each, begun with
+     * caches that hold nothing of the layer. */
     moe_status (*read)(struct bench_machine *m, double *seconds, struct moe_error *err);
     moe_status (*dense)(struct bench_machine *m, double *seconds, struct moe_error *err);
     /* Runs the call once and, where there are graphs, captures it; a call that refuses capture is timed as it is. */
     moe_status (*prepare)(struct bench_machine *m, struct bench_call *call, struct moe_error *err);
-    /* One sample. */
+    /* One sample, begun with such caches. */
     moe_status (*time)(struct bench_machine *m, struct bench_call *call, double *seconds, struct moe_error *err);
     void (*release)(struct bench_machine *m, struct bench_call *call); /* what prepare made */
     void (*close)(struct bench_machine *m);
+    double read_bytes;     /* of the point: what takes as long as `read` says */
     const char *read_how;  /* what the ceilings are, for people */
     const char *dense_how; /* NULL: there is none */
     const char *dense_why; /* why there is none, or `point` found none for its point; then `dense` must not be called */
@@ -102,17 +108,59 @@ struct bench_machine {
 moe_status bench_cpu_open(moe_context *ctx, struct bench_machine **machine, struct moe_error *err);
 moe_status bench_cuda_open(int32_t device, struct bench_machine **machine, struct moe_error *err);
 
-/* ---- Meter (measure.c): the samples of one point after another ---- */
+/* ---- Plan (plan.c): what to time ---- */
+
+enum bench_part { BENCH_LAYER, BENCH_ROUTE, BENCH_EXPERTS, BENCH_PARTS };
+
+/* One thing to time, a row of the report. */
+struct bench_run {
+    moe_path path;
+    enum bench_part part;
+    moe_layout layout; /* of the weights it gets */
+    bool other_layout; /* not the one that the path gets by default: people want to read its name */
+    int32_t config;    /* of the path; 0: the path's own choice */
+    int32_t max_sms;   /* 0: all */
+};
+
+enum { BENCH_MAX_BOUNDS = 32, BENCH_MAX_CONFIGS = 64 };
+
+/* What the command line asks for. Configurations and bounds are for the paths that have configurations, and bounds for
+ * `auto`. */
+struct bench_plan {
+    bool paths[MOE_PATH_COUNT];
+    bool layouts[BENCH_LAYOUTS]; /* for paths that read both; none: packed where there is such a layer */
+    bool configs[MOE_PATH_COUNT][BENCH_MAX_CONFIGS + 1];
+    int32_t max_sms[BENCH_MAX_BOUNDS];
+    int bounds;
+    bool stages; /* also the router and the experts alone */
+};
+
+/* Takes the next word of a comma-separated list; false at its end. */
+bool bench_word(const char **list, char *word, size_t bytes);
+/* A whole number from 1 to `high`. */
+bool bench_count(const char *text, int64_t high, int64_t *value);
 
 struct bench_meter;
 struct bench_report;
+
+/* The lists of --paths, --layouts, --configs (after --paths) and --max-sms; the last three may be NULL. CLI_GO, or, a
+ * line written, an exit code. */
+int bench_plan_parse(struct bench_plan *plan, const char *paths, const char *layouts, const char *configs,
+                     const char *max_sms);
+/* Whether it has a path that reads packed weights. */
+bool bench_plan_packs(const struct bench_plan *plan);
+/* Adds to the meter all that can run here; of paths that cannot, the report says why. CLI_GO or an exit code. */
+int bench_plan_add(const struct bench_plan *plan, const struct bench_workload *w, struct bench_meter *meter,
+                   struct bench_report *report);
+
+/* ---- Meter (measure.c): the samples of one point after another ---- */
 
 /* A point gets up to `reps` samples of everything, and after `seconds` no more than it must have. NULL: no memory. */
 struct bench_meter *bench_meter_open(const struct bench_workload *workload, struct bench_machine *machine, int64_t reps,
                                      double seconds);
 void bench_meter_close(struct bench_meter *m); /* accepts NULL */
-/* A path to time, once; with `stages` also its router and its experts alone. False: no memory. */
-bool bench_meter_add(struct bench_meter *m, moe_path path, bool stages);
+/* Before the first point. False: no memory. */
+bool bench_meter_add(struct bench_meter *m, const struct bench_run *run);
 /* Measures one point and reports it. Token counts must not fall: what takes long is known from the smaller ones. On
  * failure the text is in err, or if err stays empty, the context's. */
 moe_status bench_meter_point(struct bench_meter *m, int64_t tokens, struct bench_report *report, struct moe_error *err);
@@ -125,11 +173,11 @@ struct bench_time {
 };
 
 struct bench_result {
-    const char *part; /* "layer", "route" or "experts" */
-    moe_path wanted, ran;
+    struct bench_run run;
+    moe_path ran;
     bool graph; /* timed as a CUDA graph */
     struct bench_time time;
-    char note[512]; /* not measured: why */
+    char note[512]; /* not measured: why; of `auto`: the reason for its choice */
 };
 
 enum bench_format { BENCH_TABLE, BENCH_CSV, BENCH_JSON };

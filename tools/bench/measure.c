@@ -1,26 +1,26 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Takes samples: ceilings and paths in turns, until there are enough of each or the time is up. */
+/* Takes samples: one of each ceiling and each run a round, until there are enough or the time is up. Every round has an
+ * order of its own, because a card that is limited by its power carries over what one sample did to the next: so
+ * nothing always follows the same neighbour. */
 #include <stdio.h>
 #include <stdlib.h>
 
 #include "tools/bench/bench.h"
 #include "tools/cli.h"
 
-enum { PARTS = 3, MAX_RUNS = PARTS * MOE_PATH_COUNT, LEAST_SAMPLES = 3 };
+enum { LEAST_SAMPLES = 3, ORDER_SEED = 1 };
 static const double longest_call = 10; /* seconds; a path that would take longer at a point is skipped */
 static const int64_t pilot_step = 4;   /* an estimate reaches from one token count to this many times as many */
 
-enum part { PART_LAYER, PART_ROUTE, PART_EXPERTS };
-static const char *const part_names[PARTS] = {"layer", "route", "experts"};
+/* What a round does in some order: the runs, by their index, and these. */
+enum { READ = -1, DENSE = -2, CEILINGS = 2 };
 
-/* A path, or a part of it, and its samples at the current point. */
+/* One thing to time, and its samples at the current point. */
 struct run {
+    struct bench_run what;
     struct bench_meter *meter;
-    moe_path path;
-    enum part part;
     moe_batch batch;
     struct bench_call call;
-    struct bench_result result;
     double *samples; /* [reps] */
     int32_t count;
     bool done; /* takes no more samples at this point */
@@ -35,10 +35,13 @@ struct bench_meter {
     int64_t reps;
     double seconds;
     struct bench_point point;
-    struct run runs[MAX_RUNS];
+    struct run *runs;             /* [count]; they stay where they are from the first point on */
+    struct bench_result *results; /* [count] */
+    int *order;                   /* [count + CEILINGS] */
     int count;
-    double *read, *dense; /* [reps * MAX_RUNS] and [reps] */
+    double *read, *dense; /* [reps] */
     int32_t read_count, dense_count;
+    uint64_t random; /* of the order */
     void *workspace; /* one for all runs: they take turns */
     size_t workspace_bytes;
 };
@@ -53,7 +56,8 @@ struct bench_meter *bench_meter_open(const struct bench_workload *workload, stru
     m->machine = machine;
     m->reps = reps;
     m->seconds = seconds;
-    m->read = calloc((size_t)reps * MAX_RUNS, sizeof *m->read);
+    m->random = ORDER_SEED;
+    m->read = calloc((size_t)reps, sizeof *m->read);
     m->dense = calloc((size_t)reps, sizeof *m->dense);
     if (m->read && m->dense)
         return m;
@@ -67,37 +71,59 @@ void bench_meter_close(struct bench_meter *m)
         return;
     for (int i = 0; i < m->count; i++)
         free(m->runs[i].samples);
+    free(m->runs);
+    free(m->results);
+    free(m->order);
     free(m->read);
     free(m->dense);
     moe_buffer_free(m->workload->ctx, m->workspace);
     free(m);
 }
 
-bool bench_meter_add(struct bench_meter *m, moe_path path, bool stages)
+/* Makes room for one run more. */
+static bool grow(struct bench_meter *m)
 {
-    for (int part = 0; part < (stages ? PARTS : 1); part++) {
-        struct run *r = &m->runs[m->count];
-        r->samples = calloc((size_t)m->reps, sizeof *r->samples);
-        if (!r->samples)
-            return false;
-        m->count++;
-        r->meter = m;
-        r->path = r->result.wanted = r->result.ran = path;
-        r->part = (enum part)part;
-        r->result.part = part_names[part];
+    size_t count = (size_t)m->count + 1;
+    void *runs = realloc(m->runs, count * sizeof *m->runs);
+    m->runs = runs ? runs : m->runs;
+    void *results = realloc(m->results, count * sizeof *m->results);
+    m->results = results ? results : m->results;
+    void *order = realloc(m->order, (count + CEILINGS) * sizeof *m->order);
+    m->order = order ? order : m->order;
+    return runs && results && order;
+}
+
+bool bench_meter_add(struct bench_meter *m, const struct bench_run *run)
+{
+    double *samples = calloc((size_t)m->reps, sizeof *samples);
+    if (!samples || !grow(m)) {
+        free(samples);
+        return false;
     }
+    m->runs[m->count] = (struct run){.what = *run, .meter = m, .samples = samples};
+    m->results[m->count++] = (struct bench_result){.run = *run, .ran = run->path};
     return true;
+}
+
+static struct bench_result *result_of(const struct run *r)
+{
+    return &r->meter->results[r - r->meter->runs];
+}
+
+static const moe_layer *layer_of(const struct run *r)
+{
+    return r->meter->workload->layers[r->what.layout];
 }
 
 static moe_status run_part(void *argument, void *stream)
 {
     const struct run *r = argument;
     const struct bench_meter *m = r->meter;
-    const moe_layer *layer = m->workload->layer;
-    switch (r->part) {
-    case PART_ROUTE:
+    const moe_layer *layer = layer_of(r);
+    switch (r->what.part) {
+    case BENCH_ROUTE:
         return moe_route(layer, &r->batch, m->workspace, m->workspace_bytes, stream);
-    case PART_EXPERTS:
+    case BENCH_EXPERTS:
         return moe_experts_forward(layer, &r->batch, m->workspace, m->workspace_bytes, stream);
     default:
         return moe_forward(layer, &r->batch, m->workspace, m->workspace_bytes, stream);
@@ -110,13 +136,15 @@ static void set_batch(struct run *r, int64_t tokens)
     r->batch = moe_batch_init();
     r->batch.tokens = tokens;
     r->batch.dtype = w->desc.dtype;
-    r->batch.path = r->path;
+    r->batch.path = r->what.path;
+    r->batch.config = r->what.config;
+    r->batch.max_sms = r->what.max_sms;
     r->batch.hidden_states = w->hidden_states;
     r->batch.output = w->output;
-    if (r->part == PART_ROUTE) {
+    if (r->what.part == BENCH_ROUTE) {
         r->batch.topk_ids_out = w->ids;
         r->batch.topk_weights_out = w->topk_weights;
-    } else if (r->part == PART_EXPERTS) {
+    } else if (r->what.part == BENCH_EXPERTS) {
         r->batch.topk_ids = w->ids;
         r->batch.topk_weights = w->topk_weights;
     }
@@ -131,9 +159,9 @@ static moe_status grow_workspace(const struct run *r, int64_t tokens)
     moe_context *ctx = m->workload->ctx;
     moe_limits limits = moe_limits_init();
     limits.max_tokens = tokens;
-    limits.path = r->path;
+    limits.path = r->what.path;
     size_t bytes;
-    moe_status status = moe_workspace_size(m->workload->layer, &limits, &bytes);
+    moe_status status = moe_workspace_size(layer_of(r), &limits, &bytes);
     if (status != MOE_OK || (m->workspace && bytes <= m->workspace_bytes))
         return status;
     moe_buffer_free(ctx, m->workspace);
@@ -149,6 +177,7 @@ static moe_status grow_workspace(const struct run *r, int64_t tokens)
 /* A run that cannot go on at this point says so in its note. Only the device failing ends the bench. */
 static moe_status give_up(struct run *r, moe_status status, const struct moe_error *err)
 {
+    struct bench_result *result = result_of(r);
     struct moe_error text = *err;
     r->done = true;
     r->count = 0;
@@ -156,7 +185,7 @@ static moe_status give_up(struct run *r, moe_status status, const struct moe_err
         return status;
     if (!text.text[0])
         moe_last_error(r->meter->workload->ctx, text.text, sizeof text.text);
-    snprintf(r->result.note, sizeof r->result.note, "cannot run: %.400s",
+    snprintf(result->note, sizeof result->note, "cannot run: %.400s",
              text.text[0] ? text.text : moe_status_string(status));
     return MOE_OK;
 }
@@ -197,17 +226,18 @@ static moe_status pilot(struct run *r, int64_t tokens, struct moe_error *err)
 static moe_status begin_run(struct run *r, int64_t tokens)
 {
     struct moe_error err = {{0}};
-    struct bench_result *result = &r->result;
+    struct bench_result *result = result_of(r);
     r->count = 0;
     r->done = false;
     result->graph = false;
     moe_status status =
-        moe_path_choose(r->meter->workload->layer, r->path, tokens, &result->ran, result->note, sizeof result->note);
+        moe_path_choose(layer_of(r), r->what.path, tokens, &result->ran, result->note, sizeof result->note);
     if (status == MOE_ERROR_UNSUPPORTED) { /* the note says why */
         r->done = true;
         return MOE_OK;
     }
-    result->note[0] = 0;
+    if (r->what.path != MOE_PATH_AUTO)
+        result->note[0] = 0; /* "asked for by name" */
     if (status == MOE_OK)
         status = pilot(r, tokens, &err);
     if (status == MOE_OK && estimate(r, tokens) > longest_call) {
@@ -228,7 +258,7 @@ static moe_status prepare_run(struct run *r)
     struct bench_machine *machine = r->meter->machine;
     struct moe_error err = {{0}};
     moe_status status = machine->prepare(machine, &r->call, &err);
-    r->result.graph = r->call.graph != NULL;
+    result_of(r)->graph = r->call.graph != NULL;
     return status == MOE_OK ? MOE_OK : give_up(r, status, &err);
 }
 
@@ -246,20 +276,37 @@ static moe_status sample_run(struct run *r, double start)
     return MOE_OK;
 }
 
-/* The ceilings, and one sample of every run that is not done. Reading stands before each, so that all start with the
- * same caches. */
+/* Both ceilings and the runs that are not done, in a random order. Returns how many these are. */
+static int shuffle(struct bench_meter *m)
+{
+    int count = 0;
+    m->order[count++] = READ;
+    if (!m->machine->dense_why)
+        m->order[count++] = DENSE;
+    for (int i = 0; i < m->count; i++) {
+        if (!m->runs[i].done)
+            m->order[count++] = i;
+    }
+    for (int i = count - 1; i > 0; i--) {
+        m->random = m->random * 6364136223846793005u + 1442695040888963407u;
+        int j = (int)((m->random >> 33) % (uint64_t)(i + 1)), item = m->order[i];
+        m->order[i] = m->order[j];
+        m->order[j] = item;
+    }
+    return count;
+}
+
 static moe_status sample_round(struct bench_meter *m, double start, struct moe_error *err)
 {
     struct bench_machine *machine = m->machine;
     moe_status status = MOE_OK;
-    if (!machine->dense_why)
-        status = machine->dense(machine, &m->dense[m->dense_count++], err);
-    for (int i = 0; status == MOE_OK && i < m->count; i++) {
-        bool run = !m->runs[i].done;
-        if (run || i == 0)
+    for (int i = 0, count = shuffle(m); status == MOE_OK && i < count; i++) {
+        if (m->order[i] == READ)
             status = machine->read(machine, &m->read[m->read_count++], err);
-        if (run && status == MOE_OK)
-            status = sample_run(&m->runs[i], start);
+        else if (m->order[i] == DENSE)
+            status = machine->dense(machine, &m->dense[m->dense_count++], err);
+        else
+            status = sample_run(&m->runs[m->order[i]], start);
     }
     return status;
 }
@@ -301,17 +348,15 @@ moe_status bench_meter_point(struct bench_meter *m, int64_t tokens, struct bench
     if (status == MOE_OK)
         status = sample_all(m, err);
 
-    struct bench_result results[MAX_RUNS];
     for (int i = 0; i < m->count; i++) {
         struct run *r = &m->runs[i];
         m->machine->release(m->machine, &r->call);
-        r->result.time = bench_time_of(r->samples, r->count);
+        m->results[i].time = bench_time_of(r->samples, r->count);
         if (r->count > 0)
-            learn(r, tokens, r->result.time.median);
-        results[i] = r->result;
+            learn(r, tokens, m->results[i].time.median);
     }
     struct bench_time read = bench_time_of(m->read, m->read_count), dense = bench_time_of(m->dense, m->dense_count);
     if (status == MOE_OK)
-        bench_report_point(report, &m->point, &read, &dense, results, m->count);
+        bench_report_point(report, &m->point, &read, &dense, m->results, m->count);
     return status;
 }

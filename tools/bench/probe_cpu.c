@@ -89,6 +89,7 @@ static moe_status cpu_point(struct bench_machine *base, const struct bench_point
 {
     (void)err;
     ((struct cpu_machine *)base)->point = p;
+    base->read_bytes = p->weight_bytes + p->activation_bytes;
     return MOE_OK;
 }
 
@@ -100,8 +101,7 @@ static moe_status cpu_read(struct bench_machine *base, double *seconds, struct m
     double start = cli_now();
     moe_pool_run(m->pool, read_weights, m);
     double rate = 3 * (double)matrix_bytes(m->point) * m->point->touched / (cli_now() - start);
-    *seconds = (m->point->weight_bytes + m->point->activation_bytes) / rate;
-    moe_pool_run(m->pool, read_flush, m);
+    *seconds = base->read_bytes / rate;
     return MOE_OK;
 }
 
@@ -125,8 +125,9 @@ static moe_status cpu_dense(struct bench_machine *base, double *seconds, struct 
 
 static moe_status cpu_time(struct bench_machine *base, struct bench_call *call, double *seconds, struct moe_error *err)
 {
-    (void)base;
     (void)err;
+    struct cpu_machine *m = (struct cpu_machine *)base;
+    moe_pool_run(m->pool, read_flush, m);
     double start = cli_now();
     moe_status status = call->run(call->argument, NULL);
     *seconds = cli_now() - start;

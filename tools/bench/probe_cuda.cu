@@ -99,18 +99,24 @@ __device__ uint32_t fold(uint4 v)
     return v.x ^ v.y ^ v.z ^ v.w;
 }
 
-__device__ uint4 load_once(const uint4 *from)
+// `pairs`: L2 brings two lines of 128 bytes at a time.
+template <bool pairs> __device__ uint4 load_once(const uint4 *from)
 {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(from));
+    if (pairs)
+        asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "l"(from));
+    else
+        asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "l"(from));
     return v;
 }
 
 // All blocks walk the matrices together, so that what is in flight lies close together in memory. A chunk is what a
 // block loads at once.
-template <int threads, int unroll>
+template <int threads, int unroll, bool pairs>
 __global__ void __launch_bounds__(threads) read_experts(const __grid_constant__ read_list list, uint32_t *sink)
 {
     constexpr uint32_t chunk_bytes = threads * unroll * sizeof(uint4);
@@ -129,11 +135,11 @@ __global__ void __launch_bounds__(threads) read_experts(const __grid_constant__ 
         if (data - threadIdx.x + threads * unroll <= end) {
 #pragma unroll
             for (int j = 0; j < unroll; j++)
-                v[j] = load_once(data + j * threads);
+                v[j] = load_once<pairs>(data + j * threads);
         } else {
 #pragma unroll
             for (int j = 0; j < unroll; j++)
-                v[j] = data + j * threads < end ? load_once(data + j * threads) : make_uint4(0, 0, 0, 0);
+                v[j] = data + j * threads < end ? load_once<pairs>(data + j * threads) : make_uint4(0, 0, 0, 0);
         }
 #pragma unroll
         for (int j = 0; j < unroll; j++)
@@ -144,11 +150,14 @@ __global__ void __launch_bounds__(threads) read_experts(const __grid_constant__ 
 }
 
 // Which of these is the fastest depends on the GPU and on how much there is to read: each point tries all.
+#define WAY(threads, unroll, blocks)                                                                                   \
+    {read_experts<threads, unroll, true>, threads, unroll, blocks},                                                    \
+    {                                                                                                                  \
+        read_experts<threads, unroll, false>, threads, unroll, blocks                                                  \
+    }
 const read_way read_ways[] = {
-    {read_experts<512, 8>, 512, 8, 1},   {read_experts<512, 8>, 512, 8, 2}, {read_experts<512, 8>, 512, 8, 0},
-    {read_experts<512, 16>, 512, 16, 1}, {read_experts<256, 8>, 256, 8, 2}, {read_experts<256, 8>, 256, 8, 4},
-    {read_experts<256, 8>, 256, 8, 5},   {read_experts<256, 8>, 256, 8, 0}, {read_experts<256, 4>, 256, 4, 4},
-    {read_experts<256, 4>, 256, 4, 8},   {read_experts<256, 4>, 256, 4, 0},
+    WAY(512, 8, 1), WAY(512, 8, 2), WAY(512, 8, 0), WAY(512, 16, 1), WAY(256, 8, 2), WAY(256, 8, 4),
+    WAY(256, 8, 5), WAY(256, 8, 0), WAY(256, 4, 4), WAY(256, 4, 8),  WAY(256, 4, 0),
 };
 
 __global__ void read_flat(const uint4 *data, uint64_t units, uint32_t *sink)
@@ -211,12 +220,17 @@ stack stack_of(const void *data, uint64_t matrix_bytes, const read_way &way)
     return {static_cast<const char *>(data), matrix_bytes, (uint32_t)((matrix_bytes + chunk - 1) / chunk)};
 }
 
+uint64_t matrix_bytes(const bench_point *p)
+{
+    return (uint64_t)p->hidden * (uint64_t)p->intermediate * moe_dtype_size(p->dtype);
+}
+
 moe_status run_read(void *machine, void *stream)
 {
     auto *m = static_cast<cuda_machine *>(machine);
     const bench_point *p = m->point;
     const read_way &way = *m->way;
-    uint64_t matrix = (uint64_t)p->hidden * (uint64_t)p->intermediate * moe_dtype_size(p->dtype);
+    const uint64_t matrix = matrix_bytes(p);
     read_list list;
     list.w13 = stack_of(p->w13, 2 * matrix, way);
     list.w2 = stack_of(p->w2, matrix, way);
@@ -407,6 +421,7 @@ moe_status cuda_point(bench_machine *base, const bench_point *p, moe_error *err)
 {
     cuda_machine *m = self(base);
     m->point = p;
+    base->read_bytes = 3.0 * (double)matrix_bytes(p) * p->touched;
     cuda_release(base, &m->read_call);
     cuda_release(base, &m->dense_call);
     moe_status status = checked(cudaSetDevice(m->device), "cudaSetDevice", err);

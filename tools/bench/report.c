@@ -2,8 +2,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "runtime/internal.h"
 #include "tools/bench/bench.h"
 #include "tools/cli.h"
+
+static const char *const part_names[BENCH_PARTS] = {"layer", "route", "experts"};
 
 struct bench_report {
     enum bench_format format;
@@ -48,8 +51,8 @@ struct bench_report *bench_report_open(enum bench_format format, const struct be
         printf("floor: the longer of read (%s) and dense (%s%s), medians of the same run\n", machine->read_how, dense,
                dense_why);
     } else if (format == BENCH_CSV) {
-        puts("tokens,path,part,ran,seconds,p99_seconds,samples,graph,bytes,gb_per_s,tflop_per_s,share,read_seconds,"
-             "dense_seconds,experts,note");
+        puts("tokens,path,part,layout,config,max_sms,ran,seconds,p99_seconds,samples,graph,bytes,gb_per_s,tflop_per_s,"
+             "share,over_floor,of_all_sms,read_seconds,dense_seconds,experts,note");
     } else {
         r->root = cli_json_object(NULL, NULL);
         cli_json_string(r->root, "workload", title);
@@ -76,20 +79,41 @@ void bench_report_without(struct bench_report *r, moe_path path, const char *why
 
 /* What the three formats say about one result. */
 struct figures {
-    double bytes, gb, tflop, share; /* 0: does not apply */
-};
+    double bytes, gb, tflop;
+    double over; /* how many times the floor its time is */
+    double sms;  /* of a run on a bounded number of SMs: its speed as a share of that on all */
+};               /* 0: does not apply */
 
-static struct figures figures_of(const struct bench_point *p, const struct bench_result *result, double floor)
+/* The same run without a bound; NULL: there is none, or it was not measured. */
+static const struct bench_result *unbounded(const struct bench_result *results, int count, const struct bench_run *run)
 {
+    for (int i = 0; run->max_sms && i < count; i++) {
+        const struct bench_run *other = &results[i].run;
+        if (other->path == run->path && other->part == run->part && other->layout == run->layout &&
+            other->config == run->config && !other->max_sms && results[i].time.samples)
+            return &results[i];
+    }
+    return NULL;
+}
+
+static struct figures figures_of(const struct bench_point *p, const struct bench_result *results, int count, int which,
+                                 double floor)
+{
+    const struct bench_result *result = &results[which], *all = unbounded(results, count, &result->run);
     struct figures f = {0};
-    bool routes_only = strcmp(result->part, "route") == 0;
-    if (result->time.samples == 0 || routes_only)
+    if (result->time.samples == 0 || result->run.part == BENCH_ROUTE)
         return f;
     f.bytes = p->weight_bytes + p->activation_bytes;
     f.gb = 1e-9 * f.bytes / result->time.median;
     f.tflop = 1e-12 * p->flops / result->time.median;
-    f.share = floor / result->time.median;
+    f.over = result->time.median / floor;
+    f.sms = all ? all->time.median / result->time.median : 0;
     return f;
+}
+
+static const char *config_name(const struct bench_run *run)
+{
+    return run->config ? moe_path_config_name(run->path, run->config) : "";
 }
 
 /* A number, or blanks for one that does not apply. */
@@ -103,30 +127,55 @@ static const char *show(double value, const char *format, char *buffer, size_t b
 
 static void table_row(int64_t tokens, const char *name, double seconds, const struct figures *f, const char *note)
 {
-    char time[32] = "", moved[32] = "", gb[32], tflop[32], share[32];
+    char time[32] = "", moved[32] = "", gb[32], tflop[32], over[32];
     if (seconds > 0)
         cli_show_seconds(seconds, time, sizeof time);
     if (f->bytes > 0)
         cli_show_bytes(f->bytes, moved, sizeof moved);
     char line[256];
-    int length = snprintf(line, sizeof line, "%6lld  %-24s %10s %10s %8s %9s %9s", (long long)tokens, name, time, moved,
+    int length = snprintf(line, sizeof line, "%6lld  %-28s %10s %10s %8s %9s %9s", (long long)tokens, name, time, moved,
                           show(f->gb, "%.1f", gb, sizeof gb),
                           show(f->tflop, f->tflop < 10 ? "%.3f" : "%.1f", tflop, sizeof tflop),
-                          show(100 * f->share, "%.1f %%", share, sizeof share));
+                          show(f->over, "%.3f", over, sizeof over));
     while (!note[0] && length > 0 && line[length - 1] == ' ')
         line[--length] = 0;
     printf("%s%s%s\n", line, note[0] ? "  " : "", note);
+}
+
+static void append(char *buffer, size_t bytes, const char *format, const char *text)
+{
+    size_t length = strlen(buffer);
+    snprintf(buffer + length, bytes - length, format, text);
+}
+
+/* "auto > prefill (row-major), 64 SMs" */
+static const char *row_name(const struct bench_result *result, char *buffer, size_t bytes)
+{
+    const struct bench_run *run = &result->run;
+    char sms[16];
+    snprintf(buffer, bytes, "%s", moe_path_name(run->path));
+    if (result->ran != run->path)
+        append(buffer, bytes, " > %s", moe_path_name(result->ran));
+    if (run->other_layout)
+        append(buffer, bytes, " (%s)", moe_layouts_name(run->layout));
+    if (run->config)
+        append(buffer, bytes, " %s", config_name(run));
+    if (run->part != BENCH_LAYER)
+        append(buffer, bytes, " %s", part_names[run->part]);
+    snprintf(sms, sizeof sms, "%d", run->max_sms);
+    if (run->max_sms)
+        append(buffer, bytes, ", %s SMs", sms);
+    return buffer;
 }
 
 static void table_point(struct bench_report *r, const struct bench_point *p, double read, double dense,
                         const struct bench_result *results, int count, double floor)
 {
     if (!r->titles)
-        printf("\n%6s  %-24s %10s %10s %8s %9s %9s\n", "tokens", "path", "time", "moved", "GB/s", "TFLOP/s",
-               "of floor");
+        printf("\n%6s  %-28s %10s %10s %8s %9s %9s\n", "tokens", "path", "time", "moved", "GB/s", "TFLOP/s", "x floor");
     r->titles = true;
-    double bytes = p->weight_bytes + p->activation_bytes;
-    char note[64];
+    double bytes = r->machine->read_bytes;
+    char note[64], name[128];
     snprintf(note, sizeof note, "%d expert%s", p->touched, p->touched == 1 ? "" : "s");
     table_row(p->tokens, "(read)", read, &(struct figures){.bytes = bytes, .gb = 1e-9 * bytes / read}, note);
     if (dense > 0)
@@ -135,13 +184,10 @@ static void table_point(struct bench_report *r, const struct bench_point *p, dou
         table_row(p->tokens, "(dense)", 0, &(struct figures){0}, r->machine->dense_why);
     for (int i = 0; i < count; i++) {
         const struct bench_result *result = &results[i];
-        struct figures f = figures_of(p, result, floor);
-        char name[64];
-        snprintf(name, sizeof name, "%s%s%s%s%s", moe_path_name(result->wanted),
-                 result->ran != result->wanted ? " > " : "",
-                 result->ran != result->wanted ? moe_path_name(result->ran) : "",
-                 strcmp(result->part, "layer") ? " " : "", strcmp(result->part, "layer") ? result->part : "");
-        table_row(p->tokens, name, result->time.median, &f, result->note);
+        struct figures f = figures_of(p, results, count, i, floor);
+        snprintf(note, sizeof note, "%.1f %% of the speed on all SMs", 100 * f.sms);
+        table_row(p->tokens, row_name(result, name, sizeof name), result->time.median, &f,
+                  f.sms > 0 ? note : result->note);
     }
     fflush(stdout); /* a point can take a minute */
 }
@@ -151,14 +197,17 @@ static void csv_point(const struct bench_point *p, double read, double dense, co
 {
     for (int i = 0; i < count; i++) {
         const struct bench_result *result = &results[i];
-        struct figures f = figures_of(p, result, floor);
-        char buffers[8][32];
-        printf("%lld,%s,%s,%s,%s,%s,%d,%d,%s,%s,%s,%s,%.9g,%s,%d,\"", (long long)p->tokens,
-               moe_path_name(result->wanted), result->part, moe_path_name(result->ran),
-               show(result->time.median, "%.9g", buffers[0], 32), show(result->time.p99, "%.9g", buffers[1], 32),
-               result->time.samples, result->graph, show(f.bytes, "%.0f", buffers[2], 32),
-               show(f.gb, "%.6g", buffers[3], 32), show(f.tflop, "%.6g", buffers[4], 32),
-               show(f.share, "%.4f", buffers[5], 32), read, show(dense, "%.9g", buffers[6], 32), p->touched);
+        const struct bench_run *run = &result->run;
+        struct figures f = figures_of(p, results, count, i, floor);
+        char buffers[9][32];
+        printf("%lld,%s,%s,%s,%s,%d,%s,", (long long)p->tokens, moe_path_name(run->path), part_names[run->part],
+               moe_layouts_name(run->layout), config_name(run), run->max_sms, moe_path_name(result->ran));
+        printf("%s,%s,%d,%d,%s,%s,%s,%s,%s,%s,%.9g,%s,%d,\"", show(result->time.median, "%.9g", buffers[0], 32),
+               show(result->time.p99, "%.9g", buffers[1], 32), result->time.samples, result->graph,
+               show(f.bytes, "%.0f", buffers[2], 32), show(f.gb, "%.6g", buffers[3], 32),
+               show(f.tflop, "%.6g", buffers[4], 32), show(f.over > 0 ? 1 / f.over : 0, "%.4f", buffers[5], 32),
+               show(f.over, "%.4f", buffers[6], 32), show(f.sms, "%.4f", buffers[7], 32), read,
+               show(dense, "%.9g", buffers[8], 32), p->touched);
         for (const char *c = result->note; *c; c++) {
             putchar(*c);
             if (*c == '"')
@@ -188,28 +237,40 @@ static void json_point(struct bench_report *r, const struct bench_point *p, cons
     cli_json_number(point, "weight_bytes", p->weight_bytes);
     cli_json_number(point, "activation_bytes", p->activation_bytes);
     cli_json_number(point, "flops", p->flops);
+    cli_json_number(point, "read_bytes", r->machine->read_bytes);
     json_time(point, "read", read);
     json_time(point, "dense", dense);
     cli_json_number(point, "floor_seconds", floor);
     cJSON *list = cli_json_array(point, "results");
     for (int i = 0; i < count; i++) {
         const struct bench_result *result = &results[i];
-        struct figures f = figures_of(p, result, floor);
+        const struct bench_run *run = &result->run;
+        struct figures f = figures_of(p, results, count, i, floor);
         cJSON *entry = cli_json_element(list);
-        cli_json_string(entry, "path", moe_path_name(result->wanted));
-        cli_json_string(entry, "part", result->part);
+        cli_json_string(entry, "path", moe_path_name(run->path));
+        cli_json_string(entry, "part", part_names[run->part]);
+        cli_json_string(entry, "layout", moe_layouts_name(run->layout));
+        if (run->config)
+            cli_json_string(entry, "config", config_name(run));
+        if (run->max_sms)
+            cli_json_number(entry, "max_sms", run->max_sms);
         if (result->time.samples == 0) {
             cli_json_string(entry, "skipped", result->note);
             continue;
         }
         cli_json_string(entry, "ran", moe_path_name(result->ran));
+        if (result->note[0])
+            cli_json_string(entry, "why", result->note);
         cli_json_bool(entry, "graph", result->graph);
         json_time(entry, "time", &result->time);
         if (f.bytes > 0) {
             cli_json_number(entry, "gb_per_s", f.gb);
             cli_json_number(entry, "tflop_per_s", f.tflop);
-            cli_json_number(entry, "share_of_floor", f.share);
+            cli_json_number(entry, "share_of_floor", 1 / f.over);
+            cli_json_number(entry, "time_over_floor", f.over);
         }
+        if (f.sms > 0)
+            cli_json_number(entry, "share_of_all_sms", f.sms);
     }
 }
 

@@ -127,6 +127,16 @@ static moe_status bias_gate(moe_context *ctx, void *gate, const moe_layer_desc *
     return status;
 }
 
+/* What the workload says of its row-major layer. */
+static moe_status describe(struct bench_workload *w)
+{
+    const moe_layer *layer = w->layers[MOE_LAYOUT_ROW_MAJOR];
+    w->desc = moe_layer_desc_init(MOE_DTYPE_NONE);
+    w->weights = moe_layer_weights_init();
+    moe_status status = moe_layer_describe(layer, &w->desc);
+    return status == MOE_OK ? moe_layer_weights_get(layer, &w->weights) : status;
+}
+
 moe_status bench_workload_create(struct bench_workload *w, moe_context *ctx, const struct bench_shape *shape,
                                  moe_dtype dtype, enum bench_routing routing)
 {
@@ -160,20 +170,22 @@ moe_status bench_workload_create(struct bench_workload *w, moe_context *ctx, con
     weights.gate = w->parts[0];
     weights.w13 = w->parts[1];
     weights.w2 = w->parts[2];
-    moe_layer *layer = NULL;
     if (status == MOE_OK)
-        status = moe_layer_create(ctx, &desc, &weights, &layer);
-    return status == MOE_OK ? bench_workload_adopt(w, ctx, layer) : status;
+        status = moe_layer_create(ctx, &desc, &weights, &w->layers[MOE_LAYOUT_ROW_MAJOR]);
+    return status == MOE_OK ? describe(w) : status;
 }
 
 moe_status bench_workload_adopt(struct bench_workload *w, moe_context *ctx, moe_layer *layer)
 {
+    memset(w, 0, sizeof *w);
     w->ctx = ctx;
-    w->layer = layer;
-    w->desc = moe_layer_desc_init(MOE_DTYPE_NONE);
-    w->weights = moe_layer_weights_init();
-    moe_status status = moe_layer_describe(layer, &w->desc);
-    return status == MOE_OK ? moe_layer_weights_get(layer, &w->weights) : status;
+    w->layers[MOE_LAYOUT_ROW_MAJOR] = layer;
+    return describe(w);
+}
+
+moe_status bench_workload_pack(struct bench_workload *w)
+{
+    return moe_layer_pack(w->layers[MOE_LAYOUT_ROW_MAJOR], &w->layers[MOE_LAYOUT_PACKED]);
 }
 
 moe_status bench_workload_tokens(struct bench_workload *w, int64_t max_tokens, enum bench_routing routing)
@@ -203,7 +215,8 @@ void bench_workload_free(struct bench_workload *w)
 {
     if (!w->ctx)
         return;
-    moe_layer_destroy(w->layer);
+    for (int layout = 0; layout < BENCH_LAYOUTS; layout++)
+        moe_layer_destroy(w->layers[layout]);
     for (int p = 0; p < 3; p++)
         bench_weights_free(w->ctx, w->parts[p], w->part_bytes[p]);
     moe_buffer_free(w->ctx, w->hidden_states);
@@ -237,6 +250,7 @@ static moe_status count_touched(struct bench_point *p, const struct bench_worklo
 moe_status bench_point_set(struct bench_point *p, const struct bench_workload *w, int64_t tokens)
 {
     const moe_layer_desc *d = &w->desc;
+    const moe_layer *layer = w->layers[MOE_LAYOUT_ROW_MAJOR];
     p->tokens = tokens;
     p->rows = tokens * d->top_k;
     p->hidden = d->hidden_size;
@@ -249,7 +263,7 @@ moe_status bench_point_set(struct bench_point *p, const struct bench_workload *w
     limits.max_tokens = tokens;
     size_t bytes;
     void *workspace = NULL;
-    moe_status status = moe_workspace_size(w->layer, &limits, &bytes);
+    moe_status status = moe_workspace_size(layer, &limits, &bytes);
     if (status == MOE_OK)
         status = moe_buffer_alloc(w->ctx, bytes, &workspace);
     moe_batch batch = moe_batch_init();
@@ -259,7 +273,7 @@ moe_status bench_point_set(struct bench_point *p, const struct bench_workload *w
     batch.topk_ids_out = w->ids;
     batch.topk_weights_out = w->topk_weights;
     if (status == MOE_OK)
-        status = moe_route(w->layer, &batch, workspace, bytes, NULL);
+        status = moe_route(layer, &batch, workspace, bytes, NULL);
     if (status == MOE_OK)
         status = moe_synchronize(w->ctx, NULL);
     moe_buffer_free(w->ctx, workspace);

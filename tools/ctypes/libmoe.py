@@ -19,6 +19,7 @@ from ctypes import POINTER, c_char, c_char_p, c_double, c_int, c_int32, c_int64,
 
 BF16, F16, F32, I32, I64 = 1, 2, 3, 4, 5  # moe_dtype
 AUTO, CPU, CUDA = 0, 1, 2  # moe_device
+ROW_MAJOR, PACKED = 1, 2  # moe_layout
 WORKSPACE_ALIGNMENT = 256
 
 LogFn = ctypes.CFUNCTYPE(None, c_void_p, c_int, c_char_p)
@@ -57,18 +58,18 @@ class moe_checkpoint_info(_Sized):
 
 
 class moe_load_options(_Sized):
-    _fields_ = [("size", c_size_t), ("progress", ProgressFn), ("progress_user", c_void_p)]
+    _fields_ = [("size", c_size_t), ("progress", ProgressFn), ("progress_user", c_void_p), ("layout", c_int)]
 
 
 class moe_layer_weights(_Sized):
-    _fields_ = [("size", c_size_t), ("gate", c_void_p), ("w13", c_void_p), ("w2", c_void_p)]
+    _fields_ = [("size", c_size_t), ("gate", c_void_p), ("w13", c_void_p), ("w2", c_void_p), ("layout", c_int)]
 
 
 class moe_batch(_Sized):
     _fields_ = [("size", c_size_t), ("tokens", c_int64), ("dtype", c_int), ("hidden_states", c_void_p),
                 ("output", c_void_p), ("topk_ids", c_void_p), ("topk_weights", c_void_p), ("ids_dtype", c_int),
                 ("top_k", c_int32), ("router_logits_out", c_void_p), ("topk_ids_out", c_void_p),
-                ("topk_weights_out", c_void_p), ("path", c_int), ("max_sms", c_int32)]
+                ("topk_weights_out", c_void_p), ("path", c_int), ("max_sms", c_int32), ("config", c_int32)]
 
 
 class moe_limits(_Sized):
@@ -92,6 +93,7 @@ PROTOTYPES = {
     "moe_dtype_name": (c_char_p, [c_int]),
     "moe_path_name": (c_char_p, [c_int]),
     "moe_path_from_name": (c_int, [c_char_p, POINTER(c_int)]),
+    "moe_path_config_name": (c_char_p, [c_int, c_int32]),
     "moe_context_create": (c_int, [POINTER(moe_context_options), _HANDLE]),
     "moe_context_destroy": (None, [c_void_p]),
     "moe_last_error": (None, [c_void_p, c_char_p, c_size_t]),
@@ -107,6 +109,7 @@ PROTOTYPES = {
     "moe_checkpoint_layer": (c_int, [c_void_p, c_int32, POINTER(moe_layer_desc)]),
     "moe_layer_load": (c_int, [c_void_p, c_int32, POINTER(moe_load_options), _HANDLE]),
     "moe_layer_create": (c_int, [c_void_p, POINTER(moe_layer_desc), POINTER(moe_layer_weights), _HANDLE]),
+    "moe_layer_pack": (c_int, [c_void_p, _HANDLE]),
     "moe_layer_destroy": (None, [c_void_p]),
     "moe_layer_describe": (c_int, [c_void_p, POINTER(moe_layer_desc)]),
     "moe_layer_weights_get": (c_int, [c_void_p, POINTER(moe_layer_weights)]),
@@ -172,12 +175,13 @@ class Context:
         self.check(self.library.moe_context_device(self.handle, ctypes.byref(info)))
         return info
 
-    def load_layer(self, directory, index):
-        """Layer `index` of a checkpoint directory."""
+    def load_layer(self, directory, index, layout=AUTO):
+        """Layer `index` of a checkpoint directory; layout: AUTO, ROW_MAJOR or PACKED."""
         checkpoint, layer = c_void_p(), c_void_p()
+        options = moe_load_options(layout=layout)
         self.check(self.library.moe_checkpoint_open(self.handle, str(directory).encode(), ctypes.byref(checkpoint)))
         try:
-            self.check(self.library.moe_layer_load(checkpoint, index, None, ctypes.byref(layer)))
+            self.check(self.library.moe_layer_load(checkpoint, index, ctypes.byref(options), ctypes.byref(layer)))
         finally:
             self.library.moe_checkpoint_close(checkpoint)
         return Layer(self, layer)
@@ -206,6 +210,12 @@ class Layer:
         desc = moe_layer_desc()
         self.context.check(self.library.moe_layer_describe(self.handle, ctypes.byref(desc)))
         return desc
+
+    def pack(self):
+        """A packed copy."""
+        packed = c_void_p()
+        self.context.check(self.library.moe_layer_pack(self.handle, ctypes.byref(packed)))
+        return Layer(self.context, packed)
 
     def path(self, name):
         """The number of the path `name`."""

@@ -1,11 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
-// The few instructions of compute capability 8.0 that have no intrinsic.
+// The few instructions of compute capability 8.0 that have no intrinsic, and the two of 9.0 that let a kernel start
+// before the one ahead of it in the stream has finished (moe_launch).
 #ifndef MOE_KERNELS_CUDA_COMMON_PTX_CUH
 #define MOE_KERNELS_CUDA_COMMON_PTX_CUH
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
+
+// Waits until all kernels ahead in the stream have finished and what they wrote can be read. A kernel ahead may let
+// this one start as soon as its own blocks have, while yet earlier kernels run: so each kernel of a chain calls this
+// before it reads or writes anything that another one touches. Below 9.0 kernels never start early.
+static __device__ inline void moe_grid_wait()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel in the stream start as soon as all blocks of this one have come here or ended. It only moves the
+// start forward: what the next one may touch is up to its own moe_grid_wait().
+static __device__ inline void moe_grid_launch_dependents()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // Starts a copy of 16 bytes to shared memory. Only the first `bytes` (0 to 16) are read, the rest becomes zero.
 static __device__ inline void moe_cp_async(void *shared, const void *global, int bytes)

@@ -3,6 +3,7 @@
 #include "kernels/cuda/common/activation.cuh"
 #include "kernels/cuda/common/dtype.cuh"
 #include "kernels/cuda/common/launch.cuh"
+#include "kernels/cuda/common/ptx.cuh"
 #include "kernels/kernels.h"
 
 namespace
@@ -16,6 +17,8 @@ template <typename T, bool ALIGNED>
 __global__ void __launch_bounds__(THREADS)
     activation_kernel(const T *gate_up, const int32_t *rows_used, int64_t intermediate, T *act)
 {
+    moe_grid_launch_dependents();
+    moe_grid_wait();
     const int64_t used = *rows_used;
     for (int64_t r = blockIdx.x; r < used; r += gridDim.x) {
         const T *gate_row = gate_up + r * 2 * intermediate, *up_row = gate_row + intermediate;
@@ -44,8 +47,9 @@ moe_status moe_activation_cuda(const struct moe_call *call)
     moe_with_dtype(call->dtype, [&](auto t) {
         moe_with_bool(aligned, [&](auto vector) {
             typedef decltype(t) T;
-            activation_kernel<T, vector.value><<<grid, THREADS, 0, (cudaStream_t)call->stream>>>(
-                (const T *)call->gate_up, plan->offsets + call->plan.groups, call->intermediate, (T *)call->act);
+            moe_launch(activation_kernel<T, decltype(vector)::value>, grid, THREADS, 0, call->stream,
+                       call->exec->compute_capability == 90, (const T *)call->gate_up,
+                       plan->offsets + call->plan.groups, call->intermediate, (T *)call->act);
         });
     });
     return moe_launched(call->error, "activation");

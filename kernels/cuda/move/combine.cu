@@ -1,40 +1,90 @@
 // SPDX-License-Identifier: Apache-2.0
 // output[t] = sum over the token's slots that have a row, in slot order, of row_weight * down[row].
+//
+// The kernel only reads memory, so all that counts is how many bytes are on their way at any time. A warp takes a strip
+// of one token's columns and needs nobody else: lane s fetches the row and the weight of slot s, shuffles pass them on,
+// and every row's part of the strip is asked for before the first is added. With 8 loads of 16 bytes a lane and 32
+// warps an SM that is up to 128 KB, several times of what the memory's latency takes.
 #include "kernels/cuda/common/dtype.cuh"
 #include "kernels/cuda/common/launch.cuh"
+#include "kernels/cuda/common/ptx.cuh"
 #include "kernels/kernels.h"
 
 namespace
 {
 
-constexpr int THREADS = 128;
-constexpr int VEC = 8;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr int MAX_THREADS = 512;
 
-// A block takes one piece of THREADS * VEC columns of one token at a time.
-template <typename From, typename To, bool ALIGNED>
-__global__ void __launch_bounds__(THREADS)
+// Columns that a lane loads at once.
+template <typename T> constexpr int vec = 16 / sizeof(T);
+
+// A strip is PARTS parts of 32 lanes * vec columns; SLOTS slots are loaded at once. Not ALIGNED: element by element.
+template <typename From, typename To, int SLOTS, int PARTS, bool ALIGNED>
+__global__ void __launch_bounds__(MAX_THREADS)
     combine_kernel(const From *down, const int32_t *slot_row, const float *row_weight, int64_t tokens, int slots,
                    int64_t hidden, To *output)
 {
-    const int64_t pieces = (hidden + THREADS * VEC - 1) / (THREADS * VEC);
-    for (int64_t piece = blockIdx.x; piece < tokens * pieces; piece += gridDim.x) {
-        const int64_t t = piece / pieces, h = (piece % pieces * THREADS + threadIdx.x) * VEC;
-        if (h >= hidden)
-            continue;
-        float sum[VEC] = {};
-        for (int s = 0; s < slots; s++) {
-            const int64_t row = slot_row[t * slots + s];
-            if (row < 0)
-                continue;
-            const float weight = row_weight[row];
-            float v[VEC];
-            moe_load<ALIGNED>(down + row * hidden + h, hidden - h, v);
+    constexpr int VEC = vec<From>, STRIP = PARTS * 32 * VEC;
+    moe_grid_launch_dependents();
+    moe_grid_wait();
+
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    const int64_t strips = (hidden + STRIP - 1) / STRIP, step = (int64_t)gridDim.x * warps;
+    for (int64_t i = (int64_t)blockIdx.x * warps + threadIdx.x / 32; i < tokens * strips; i += step) {
+        const int64_t t = i / strips, h = i % strips * STRIP + lane * VEC;
+        float sum[PARTS][VEC] = {};
+        for (int s0 = 0; s0 < slots; s0 += SLOTS) {
+            const int own = lane < SLOTS && s0 + lane < slots ? slot_row[t * slots + s0 + lane] : -1;
+            const float own_weight = own >= 0 ? row_weight[own] : 0.0f;
+            const unsigned used = __ballot_sync(ALL_LANES, own >= 0);
+            uint4 loaded[SLOTS][PARTS];
+            const From *row[SLOTS];
 #pragma unroll
-            for (int i = 0; i < VEC; i++)
-                sum[i] = fmaf(weight, v[i], sum[i]);
+            for (int s = 0; s < SLOTS; s++) {
+                row[s] = down + __shfl_sync(ALL_LANES, own, s) * hidden + h;
+#pragma unroll
+                for (int p = 0; p < PARTS; p++)
+                    if (ALIGNED && (used >> s & 1) && h + p * 32 * VEC < hidden)
+                        loaded[s][p] = *(const uint4 *)(row[s] + p * 32 * VEC);
+            }
+#pragma unroll
+            for (int s = 0; s < SLOTS; s++) {
+                const float weight = __shfl_sync(ALL_LANES, own_weight, s);
+                if ((used >> s & 1) == 0)
+                    continue;
+#pragma unroll
+                for (int p = 0; p < PARTS; p++) {
+                    float v[VEC];
+                    if constexpr (ALIGNED)
+                        moe_load<true>((const From *)&loaded[s][p], VEC, v);
+                    else
+                        moe_load<false>(row[s] + p * 32 * VEC, hidden - h - p * 32 * VEC, v);
+#pragma unroll
+                    for (int j = 0; j < VEC; j++)
+                        sum[p][j] = fmaf(weight, v[j], sum[p][j]);
+                }
+            }
         }
-        moe_store<ALIGNED>(output + t * hidden + h, hidden - h, sum);
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) {
+            const int64_t at = h + p * 32 * VEC;
+            if (at < hidden)
+                moe_store<ALIGNED>(output + t * hidden + at, hidden - at, sum[p]);
+        }
     }
+}
+
+template <typename From, typename To, int SLOTS, int PARTS, bool ALIGNED> void launch(const struct moe_call *call)
+{
+    const struct moe_plan *plan = &call->plan.plan;
+    const int64_t strips = moe_ceil_div(call->hidden, PARTS * 32 * vec<From>);
+    // A bound on the SMs leaves one block for each: a large one.
+    const int threads = call->max_sms > 0 ? MAX_THREADS : 128;
+    const int64_t blocks = moe_ceil_div(call->tokens * strips, threads / 32);
+    moe_launch(combine_kernel<From, To, SLOTS, PARTS, ALIGNED>, moe_grid(blocks, call->max_sms, call->exec->sms, 256),
+               threads, 0, call->stream, call->exec->compute_capability == 90, (const From *)call->down, plan->slot_row,
+               plan->row_weight, call->tokens, call->slots, call->hidden, (To *)call->output);
 }
 
 } // namespace
@@ -44,19 +94,21 @@ moe_status moe_combine_cuda(const struct moe_call *call)
     if (call->tokens == 0)
         return MOE_OK;
 
-    const struct moe_plan *plan = &call->plan.plan;
-    const int64_t work = call->tokens * moe_ceil_div(call->hidden, THREADS * VEC);
-    const unsigned grid = moe_grid(work, call->max_sms, call->exec->sms, 16);
-    const bool aligned = call->hidden % VEC == 0 && moe_aligned16(call->down) && moe_aligned16(call->output);
+    const bool aligned = call->hidden % 8 == 0 && moe_aligned16(call->down) && moe_aligned16(call->output);
     moe_with_dtype(call->down_dtype, [&](auto from) {
         moe_with_dtype(call->io_dtype, [&](auto to) {
-            moe_with_bool(aligned, [&](auto vector) {
-                typedef decltype(from) From;
-                typedef decltype(to) To;
-                combine_kernel<From, To, vector.value><<<grid, THREADS, 0, (cudaStream_t)call->stream>>>(
-                    (const From *)call->down, plan->slot_row, plan->row_weight, call->tokens, call->slots, call->hidden,
-                    (To *)call->output);
-            });
+            typedef decltype(from) From;
+            typedef decltype(to) To;
+            if (!aligned)
+                launch<From, To, 1, 1, false>(call);
+            else if (call->slots <= 2)
+                launch<From, To, 2, 4, true>(call);
+            else if (call->slots <= 4)
+                launch<From, To, 4, 2, true>(call);
+            else if (call->slots <= 8)
+                launch<From, To, 8, 1, true>(call);
+            else
+                launch<From, To, 16, 1, true>(call);
         });
     });
     return moe_launched(call->error, "combine");

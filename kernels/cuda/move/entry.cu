@@ -2,6 +2,7 @@
 // input -> x, where the caller's dtype is not the layer's.
 #include "kernels/cuda/common/dtype.cuh"
 #include "kernels/cuda/common/launch.cuh"
+#include "kernels/cuda/common/ptx.cuh"
 #include "kernels/kernels.h"
 
 namespace
@@ -13,6 +14,8 @@ constexpr int VEC = 8;
 template <typename From, typename To, bool ALIGNED>
 __global__ void __launch_bounds__(THREADS) entry_kernel(const From *from, To *to, int64_t count)
 {
+    moe_grid_launch_dependents();
+    moe_grid_wait();
     const int64_t step = (int64_t)gridDim.x * THREADS * VEC;
     for (int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * VEC; i < count; i += step) {
         float v[VEC];
@@ -36,8 +39,8 @@ moe_status moe_entry_cuda(const struct moe_call *call)
             moe_with_bool(aligned, [&](auto vector) {
                 typedef decltype(from) From;
                 typedef decltype(to) To;
-                entry_kernel<From, To, vector.value>
-                    <<<grid, THREADS, 0, (cudaStream_t)call->stream>>>((const From *)call->input, (To *)call->x, count);
+                moe_launch(entry_kernel<From, To, decltype(vector)::value>, grid, THREADS, 0, call->stream,
+                           call->exec->compute_capability == 90, (const From *)call->input, (To *)call->x, count);
             });
         });
     });

@@ -1,0 +1,423 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instructions of compute capability 9.0a that have no intrinsic: barriers in shared memory, bulk and tensor
+// copies, warpgroup matrix products. Shared memory is named by its 32-bit address (moe_shared). Included by code that
+// is compiled for sm_90a alone.
+#ifndef MOE_KERNELS_CUDA_COMMON_HOPPER_CUH
+#define MOE_KERNELS_CUDA_COMMON_HOPPER_CUH
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+static __device__ inline uint32_t moe_shared(const void *p)
+{
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+// ---- Barriers (mbarrier): a phase ends when all arrivals and all expected bytes are in ----
+
+static __device__ inline void moe_barrier_init(uint32_t barrier, uint32_t arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// After the inits, before the block's __syncthreads: makes them visible to copies and to the other threads.
+static __device__ inline void moe_barrier_init_done()
+{
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+static __device__ inline void moe_barrier_arrive(uint32_t barrier)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and makes the phase wait for `bytes` that copies will bring.
+static __device__ inline void moe_barrier_expect(uint32_t barrier, uint32_t bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrives when all cp.async of this thread so far are complete; one of the arrivals of the init.
+static __device__ inline void moe_barrier_arrive_cp_async(uint32_t barrier)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Waits for the end of the phase of this parity (0, 1, 0, ...). A fresh barrier counts as having ended parity 1.
+static __device__ inline void moe_barrier_wait(uint32_t barrier, uint32_t parity)
+{
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@done bra.uni end;\n"
+                 "bra.uni again;\n"
+                 "end:\n"
+                 "}" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+
+// A barrier among `threads` threads of a block, the numbers 1 to 15 are free (0 is __syncthreads).
+static __device__ inline void moe_named_sync(int barrier, int threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+static __device__ inline void moe_named_arrive(int barrier, int threads)
+{
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// ---- Copies ----
+
+// Starts a copy of 16 bytes by this thread. Only the first `bytes` (0 to 16) are read, the rest becomes zero.
+static __device__ inline void moe_cp_async_to(uint32_t to, const void *from, int bytes)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// ---- Copies by the copy engine: one thread starts them, the barrier counts their bytes ----
+
+// `bytes` and both addresses are multiples of 16.
+static __device__ inline void moe_bulk_load(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+static __device__ inline void moe_tensor_load_2d(uint32_t to, const CUtensorMap *map, int c0, int c1, uint32_t barrier)
+{
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+                 "[%4];" ::"r"(to),
+                 "l"(map), "r"(c0), "r"(c1), "r"(barrier)
+                 : "memory");
+}
+
+static __device__ inline void moe_tensor_load_3d(uint32_t to, const CUtensorMap *map, int c0, int c1, int c2,
+                                                 uint32_t barrier)
+{
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+        "[%5];" ::"r"(to),
+        "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier)
+        : "memory");
+}
+
+static __device__ inline void moe_tensor_load_5d(uint32_t to, const CUtensorMap *map, int c0, int c1, int c2, int c3,
+                                                 int c4, uint32_t barrier)
+{
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
+                 "%5, %6}], [%7];" ::"r"(to),
+                 "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier)
+                 : "memory");
+}
+
+static __device__ inline void moe_prefetch_map(const CUtensorMap *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Between what threads write or see and what copies and tensor cores, in the other proxy, read.
+static __device__ inline void moe_fence_async()
+{
+    asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+// ---- Copies out: the thread that starts them closes and awaits groups of them ----
+
+static __device__ inline void moe_tensor_store_2d(const CUtensorMap *map, uint32_t from, int c0, int c1)
+{
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
+                 "r"(c0), "r"(c1)
+                 : "memory");
+}
+
+static __device__ inline void moe_store_commit()
+{
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until all but the last LEFT groups have read shared memory.
+template <int LEFT> __device__ inline void moe_store_wait_read()
+{
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
+}
+
+// Until all groups are in memory.
+static __device__ inline void moe_store_wait()
+{
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// ---- Clusters: blocks that share what they load. An address in shared memory is that of the own block; its
+// counterpart in block `rank` of the cluster is moe_shared_of(address, rank) ----
+
+static __device__ inline uint32_t moe_cluster_rank()
+{
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+static __device__ inline uint32_t moe_shared_of(uint32_t address, uint32_t rank)
+{
+    uint32_t there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+
+static __device__ inline void moe_cluster_sync()
+{
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// As moe_barrier_arrive, at a barrier of any block of the cluster.
+static __device__ inline void moe_cluster_arrive(uint32_t barrier)
+{
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Stores 16 bytes in any block of the cluster, and counts them at a barrier of the same block.
+static __device__ inline void moe_cluster_store(uint32_t to, int4 v, uint32_t barrier)
+{
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
+                 : "memory");
+}
+
+// As the loads above, to the same place in each block of the cluster whose bit in `blocks` is set; the bytes count at
+// the barrier of the same place there.
+static __device__ inline void moe_bulk_load_all(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier,
+                                                uint16_t blocks)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, "
+                 "[%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
+                 : "memory");
+}
+
+static __device__ inline void moe_tensor_load_3d_all(uint32_t to, const CUtensorMap *map, int c0, int c1, int c2,
+                                                     uint32_t barrier, uint16_t blocks)
+{
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+                 "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+                 "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "h"(blocks)
+                 : "memory");
+}
+
+static __device__ inline void moe_tensor_load_5d_all(uint32_t to, const CUtensorMap *map, int c0, int c1, int c2,
+                                                     int c3, int c4, uint32_t barrier, uint16_t blocks)
+{
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+                 "[%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(to),
+                 "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier), "h"(blocks)
+                 : "memory");
+}
+
+// ---- Between blocks, through global memory ----
+
+static __device__ inline int32_t moe_load_acquire(const int32_t *p)
+{
+    int32_t v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+static __device__ inline void moe_add_release(int32_t *p, int32_t v)
+{
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+// ---- Registers of a warpgroup ----
+
+template <int REGISTERS> __device__ inline void moe_registers_less()
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS> __device__ inline void moe_registers_more()
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// ---- Matrices ----
+
+// Four 8x8 matrices of 16-bit elements to shared memory, transposed: of each, lane l holds elements 2 (l % 4) and
+// 2 (l % 4) + 1 of column l / 4. Lane 8i + r gives the address of row r of matrix i.
+static __device__ inline void moe_stmatrix_trans(uint32_t to, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r0),
+                 "r"(r1), "r"(r2), "r"(r3)
+                 : "memory");
+}
+
+// What a matrix in shared memory is to wgmma: rows of 128 bytes, eight of them after another 1024 bytes, 16-byte chunks
+// placed by chunk ^ (row % 8). `address` is a multiple of 1024, plus 32 bytes for each 16 elements further along the
+// row.
+static __device__ inline uint64_t moe_wgmma_matrix(uint32_t address)
+{
+    return (uint64_t)1 << 62 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 16 | ((address & 0x3ffff) >> 4);
+}
+
+// Before the first product after registers of d were touched.
+static __device__ inline void moe_wgmma_fence()
+{
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+static __device__ inline void moe_wgmma_commit()
+{
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Until at most `LEFT` groups of products are unfinished.
+template <int LEFT> __device__ inline void moe_wgmma_wait()
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// d[64][N] (+)= a[64][16] . b[N][16]^T in fp32, by a warpgroup; a and b as moe_wgmma_matrix describes them. Without
+// `accumulate` d is only written. Of thread t, with lane l = t % 32: d[4 j + 2 i + c] is row 16 (t / 32) + l / 4 + 8 i
+// and column 8 j + 2 (l % 4) + c. The first N / 2 registers are used.
+template <typename T, int N> struct moe_wgmma;
+
+#define MOE_D0  "%0, %1, %2, %3, %4, %5, %6, %7"
+#define MOE_D1  "%8, %9, %10, %11, %12, %13, %14, %15"
+#define MOE_D2  "%16, %17, %18, %19, %20, %21, %22, %23"
+#define MOE_D3  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define MOE_D4  "%32, %33, %34, %35, %36, %37, %38, %39"
+#define MOE_D5  "%40, %41, %42, %43, %44, %45, %46, %47"
+#define MOE_D6  "%48, %49, %50, %51, %52, %53, %54, %55"
+#define MOE_D7  "%56, %57, %58, %59, %60, %61, %62, %63"
+#define MOE_D8  "%64, %65, %66, %67, %68, %69, %70, %71"
+#define MOE_D9  "%72, %73, %74, %75, %76, %77, %78, %79"
+#define MOE_D10 "%80, %81, %82, %83, %84, %85, %86, %87"
+#define MOE_D11 "%88, %89, %90, %91, %92, %93, %94, %95"
+#define MOE_D12 "%96, %97, %98, %99, %100, %101, %102, %103"
+#define MOE_D13 "%104, %105, %106, %107, %108, %109, %110, %111"
+#define MOE_D14 "%112, %113, %114, %115, %116, %117, %118, %119"
+#define MOE_D15 "%120, %121, %122, %123, %124, %125, %126, %127"
+#define MOE_L1  MOE_D0
+#define MOE_L2  MOE_L1 ", " MOE_D1
+#define MOE_L3  MOE_L2 ", " MOE_D2
+#define MOE_L4  MOE_L3 ", " MOE_D3
+#define MOE_L5  MOE_L4 ", " MOE_D4
+#define MOE_L6  MOE_L5 ", " MOE_D5
+#define MOE_L7  MOE_L6 ", " MOE_D6
+#define MOE_L8  MOE_L7 ", " MOE_D7
+#define MOE_L9  MOE_L8 ", " MOE_D8
+#define MOE_L10 MOE_L9 ", " MOE_D9
+#define MOE_L11 MOE_L10 ", " MOE_D10
+#define MOE_L12 MOE_L11 ", " MOE_D11
+#define MOE_L13 MOE_L12 ", " MOE_D12
+#define MOE_L14 MOE_L13 ", " MOE_D13
+#define MOE_L15 MOE_L14 ", " MOE_D14
+#define MOE_L16 MOE_L15 ", " MOE_D15
+#define MOE_O(i)                                                                                                       \
+    "+f"(d[8 * i]), "+f"(d[8 * i + 1]), "+f"(d[8 * i + 2]), "+f"(d[8 * i + 3]), "+f"(d[8 * i + 4]),                    \
+        "+f"(d[8 * i + 5]), "+f"(d[8 * i + 6]), "+f"(d[8 * i + 7])
+#define MOE_R1  MOE_O(0)
+#define MOE_R2  MOE_R1, MOE_O(1)
+#define MOE_R3  MOE_R2, MOE_O(2)
+#define MOE_R4  MOE_R3, MOE_O(3)
+#define MOE_R5  MOE_R4, MOE_O(4)
+#define MOE_R6  MOE_R5, MOE_O(5)
+#define MOE_R7  MOE_R6, MOE_O(6)
+#define MOE_R8  MOE_R7, MOE_O(7)
+#define MOE_R9  MOE_R8, MOE_O(8)
+#define MOE_R10 MOE_R9, MOE_O(9)
+#define MOE_R11 MOE_R10, MOE_O(10)
+#define MOE_R12 MOE_R11, MOE_O(11)
+#define MOE_R13 MOE_R12, MOE_O(12)
+#define MOE_R14 MOE_R13, MOE_O(13)
+#define MOE_R15 MOE_R14, MOE_O(14)
+#define MOE_R16 MOE_R15, MOE_O(15)
+// The inputs are numbered after the n / 2 registers: a, b, p.
+#define MOE_WGMMA(type, name, n, eighths, a_, b_, p_)                                                                  \
+    template <> struct moe_wgmma<type, n> {                                                                            \
+        static __device__ __forceinline__ void run(float *d, uint64_t a, uint64_t b, int accumulate)                   \
+        {                                                                                                              \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_ ", 0;\n"                                             \
+                         "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." name "." name " {" MOE_L##eighths           \
+                         "}, %" #a_ ", %" #b_ ", p, 1, 1, 0, 0;\n}"                                                    \
+                         : MOE_R##eighths                                                                              \
+                         : "l"(a), "l"(b), "r"(accumulate));                                                           \
+        }                                                                                                              \
+    };
+#define MOE_WGMMA_BOTH(n, eighths, a, b, p)                                                                            \
+    MOE_WGMMA(__nv_bfloat16, "bf16", n, eighths, a, b, p)                                                              \
+    MOE_WGMMA(__half, "f16", n, eighths, a, b, p)
+MOE_WGMMA_BOTH(16, 1, 8, 9, 10)
+MOE_WGMMA_BOTH(32, 2, 16, 17, 18)
+MOE_WGMMA_BOTH(48, 3, 24, 25, 26)
+MOE_WGMMA_BOTH(64, 4, 32, 33, 34)
+MOE_WGMMA_BOTH(80, 5, 40, 41, 42)
+MOE_WGMMA_BOTH(96, 6, 48, 49, 50)
+MOE_WGMMA_BOTH(112, 7, 56, 57, 58)
+MOE_WGMMA_BOTH(128, 8, 64, 65, 66)
+MOE_WGMMA_BOTH(144, 9, 72, 73, 74)
+MOE_WGMMA_BOTH(160, 10, 80, 81, 82)
+MOE_WGMMA_BOTH(176, 11, 88, 89, 90)
+MOE_WGMMA_BOTH(192, 12, 96, 97, 98)
+MOE_WGMMA_BOTH(208, 13, 104, 105, 106)
+MOE_WGMMA_BOTH(224, 14, 112, 113, 114)
+MOE_WGMMA_BOTH(240, 15, 120, 121, 122)
+MOE_WGMMA_BOTH(256, 16, 128, 129, 130)
+
+#undef MOE_D0
+#undef MOE_D1
+#undef MOE_D2
+#undef MOE_D3
+#undef MOE_D4
+#undef MOE_D5
+#undef MOE_D6
+#undef MOE_D7
+#undef MOE_D8
+#undef MOE_D9
+#undef MOE_D10
+#undef MOE_D11
+#undef MOE_D12
+#undef MOE_D13
+#undef MOE_D14
+#undef MOE_D15
+#undef MOE_L1
+#undef MOE_R1
+#undef MOE_L2
+#undef MOE_R2
+#undef MOE_L3
+#undef MOE_R3
+#undef MOE_L4
+#undef MOE_R4
+#undef MOE_L5
+#undef MOE_R5
+#undef MOE_L6
+#undef MOE_R6
+#undef MOE_L7
+#undef MOE_R7
+#undef MOE_L8
+#undef MOE_R8
+#undef MOE_L9
+#undef MOE_R9
+#undef MOE_L10
+#undef MOE_R10
+#undef MOE_L11
+#undef MOE_R11
+#undef MOE_L12
+#undef MOE_R12
+#undef MOE_L13
+#undef MOE_R13
+#undef MOE_L14
+#undef MOE_R14
+#undef MOE_L15
+#undef MOE_R15
+#undef MOE_L16
+#undef MOE_R16
+#undef MOE_O
+#undef MOE_WGMMA
+#undef MOE_WGMMA_BOTH
+
+#endif

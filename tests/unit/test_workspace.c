@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* How much workspace `prefill` takes: little more than what lies between its two GEMMs and behind the second. Sizes are
+ * arithmetic, so the device is made up. In a build without CUDA the path's own scratch memory counts for nothing. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "runtime/internal.h"
+
+static moe_context gpu = {.info = {.device = MOE_DEVICE_CUDA, .compute_capability = 90},
+                          .exec = {.device = MOE_DEVICE_CUDA, .sms = 132, .compute_capability = 90}};
+
+static const struct shape {
+    const char *name;
+    int64_t hidden, intermediate;
+    int32_t experts, top_k;
+    int64_t most; /* tokens */
+} shapes[] = {
+    {"mixtral-8x7b", 4096, 14336, 8, 2, 131072},   {"phi3.5-moe", 4096, 6400, 16, 2, 16384},
+    {"dsv3-ep4", 7168, 2048, 64, 8, 16384},        {"gpt-oss", 2880, 2880, 32, 4, 16384},
+    {"qwen2-moe-a2.7b", 2048, 1408, 60, 4, 16384}, {"qwen3-30b-a3b", 2048, 768, 128, 8, 131072},
+    {"olmoe", 2048, 1024, 64, 8, 16384},           {"512 experts", 2048, 512, 512, 10, 131072},
+};
+
+static moe_layer make_layer(const struct shape *s, moe_layout layout)
+{
+    moe_layer layer = {.ctx = &gpu, .desc = moe_layer_desc_init(MOE_BF16), .weights.layout = layout};
+    layer.desc.hidden_size = s->hidden;
+    layer.desc.intermediate_size = s->intermediate;
+    layer.desc.num_experts = s->experts;
+    layer.desc.top_k = s->top_k;
+    return layer;
+}
+
+/* act and down, a tenth of them for the routing, the plan and the schedule, and what small batches need. */
+static uint64_t bound(const struct shape *s, int64_t tokens)
+{
+    const uint64_t rows = (uint64_t)tokens * (uint64_t)s->top_k;
+    const uint64_t bytes = (rows * (uint64_t)s->intermediate + rows * (uint64_t)s->hidden) * 2;
+    return bytes + bytes / 10 + 8000000;
+}
+
+static uint64_t need(const moe_layer *layer, int64_t tokens, moe_dtype io_dtype)
+{
+    struct moe_call call;
+    moe_call_shape(&call, layer, tokens, layer->desc.top_k, io_dtype);
+    return moe_workspace_carve(&call, moe_path_info_get(MOE_PATH_PREFILL), NULL);
+}
+
+static void prefill_stays_within_bound(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (int layout = MOE_LAYOUT_ROW_MAJOR; layout <= MOE_LAYOUT_PACKED; layout++)
+            for (int64_t tokens = 256; tokens <= shapes[i].most; tokens *= 2) {
+                const moe_layer layer = make_layer(&shapes[i], (moe_layout)layout);
+                const uint64_t bytes = need(&layer, tokens, MOE_BF16), most = bound(&shapes[i], tokens);
+                if (bytes > most)
+                    fail_msg("%s, %lld tokens: %llu bytes, expected at most %llu", shapes[i].name, (long long)tokens,
+                             (unsigned long long)bytes, (unsigned long long)most);
+            }
+}
+
+/* What a caller is told serves every batch up to the limit, in any dtype: hidden states in another one are converted to
+ * a copy. */
+static void size_is_what_batches_need(void **state)
+{
+    (void)state;
+    if (moe_path_available(&gpu, MOE_PATH_PREFILL, NULL, NULL, 0) != MOE_OK)
+        skip();
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        const moe_layer layer = make_layer(&shapes[i], MOE_LAYOUT_PACKED);
+        moe_limits limits = moe_limits_init();
+        size_t bytes;
+        limits.path = MOE_PATH_PREFILL;
+        for (limits.max_tokens = 256; limits.max_tokens <= shapes[i].most; limits.max_tokens *= 2) {
+            const uint64_t copy = (uint64_t)limits.max_tokens * (uint64_t)shapes[i].hidden * 2;
+            assert_int_equal(moe_workspace_size(&layer, &limits, &bytes), MOE_OK);
+            assert_int_equal(bytes, need(&layer, limits.max_tokens, MOE_F32));
+            assert_true(bytes <= bound(&shapes[i], limits.max_tokens) + copy);
+            for (int64_t tokens = 1; tokens <= limits.max_tokens; tokens = tokens * 3 + 1)
+                assert_true(need(&layer, tokens, MOE_BF16) <= bytes && need(&layer, tokens, MOE_F32) <= bytes);
+        }
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(prefill_stays_within_bound),
+                                       cmocka_unit_test(size_is_what_batches_need)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
