@@ -30,4 +30,7 @@ bool moe_config_layer_is_sparse(const struct moe_config *config, int32_t layer);
 /* Checks a description, from a file or from a caller; `name` is what messages call it. MOE_ERROR_INVALID_ARGUMENT. */
 moe_status moe_desc_check(const moe_layer_desc *desc, const char *name, struct moe_error *err);
 
+/* "row-major", "packed" or, for a mask of both, "packed or row-major". */
+const char *moe_layouts_name(unsigned layouts);
+
 #endif

@@ -41,3 +41,10 @@ moe_status moe_desc_check(const moe_layer_desc *desc, const char *name, struct m
         return bad(err, name, "activation", desc->activation, "MOE_ACTIVATION_SILU");
     return MOE_OK;
 }
+
+const char *moe_layouts_name(unsigned layouts)
+{
+    return layouts == MOE_LAYOUT_ROW_MAJOR ? "row-major"
+           : layouts == MOE_LAYOUT_PACKED  ? "packed"
+                                           : "packed or row-major";
+}

@@ -63,12 +63,13 @@ struct moe_call {
     struct moe_plan_args plan;
 
     /* Workspace, carved by runtime/workspace.c; NULL where the path has no need of it. */
-    void *x;       /* [T, H] dtype: `input` itself if io_dtype == dtype, else converted by the entry step */
+    void *x;       /* [T, H] dtype: `input` itself if io_dtype == dtype, else converted by the entry step. It may lie in
+                      `output` (where dtype is no wider), or without one in `down` */
     void *rows;    /* [T * S, H] dtype: gathered input rows, in plan order */
     void *gate_up; /* [T * S, 2I] dtype (fp32 on the reference path): GEMM 1's result, gate columns then up columns */
     void *act;     /* [T * S, I] dtype (fp32 on the reference path): activation(gate) * up */
     void *down;    /* [T * S, H] down_dtype: GEMM 2's result, not yet weighted */
-    moe_dtype down_dtype; /* fp32, or on the cuBLAS paths dtype */
+    moe_dtype down_dtype; /* fp32, or on the cuBLAS paths and prefill dtype */
     void *scratch;        /* as many bytes as the path's scratch function says */
     size_t scratch_bytes;
 };
@@ -86,6 +87,8 @@ typedef moe_status (*moe_step_fn)(const struct moe_call *call);
  * gemm2       down[r] = act[r] . w2[group of r]^T
  * combine     output[t] = sum over slots s with slot_row[t][s] >= 0, in slot order, of row_weight * down[row], in fp32,
  *             rounded once; zero for a token without rows
+ *
+ * combine alone writes output, and starts when nothing reads x any more.
  */
 
 /* kernels/ref: plain C. gate_up, act and down are fp32 there, so that only input and output round. */
@@ -121,6 +124,8 @@ moe_status moe_gemm2_simple(const struct moe_call *call);
 moe_status moe_ffn_prefill(const struct moe_call *call);
 size_t moe_scratch_prefill(const struct moe_call *call);
 const char *moe_prefill_config_name(int32_t config);
+/* The one that a call with config 0 runs in, by its shape and max_sms; looks at nothing else. */
+int32_t moe_prefill_config(const struct moe_call *call);
 
 /* kernels/cuda/pack: `rows` canonical rows [rows][view->cols], from row `first` of the stack [experts * view->rows] on,
  * go to their places in `packed`, a stack of view's shape in the packed layout (kernels/packed.h); w13: gate and up

@@ -60,7 +60,7 @@ static MOE_HOST_DEVICE inline int64_t moe_packed_w13_row(int64_t rows, int64_t r
 static MOE_HOST_DEVICE inline uint64_t moe_packed_offset(int64_t rows, int64_t cols, int64_t row, int64_t chunk)
 {
     const int64_t band = row / MOE_PACKED_ROWS, left = moe_packed_rows(rows) - band * MOE_PACKED_ROWS;
-    const int64_t band_rows = left < MOE_PACKED_ROWS ? left : MOE_PACKED_ROWS;
+    const int64_t band_rows = left < MOE_PACKED_ROWS ? left : (int64_t)MOE_PACKED_ROWS;
     const int64_t rows_before =
         band * MOE_PACKED_ROWS * moe_packed_blocks(cols) + chunk / 8 * band_rows + row % MOE_PACKED_ROWS;
     return (uint64_t)(rows_before * MOE_PACKED_ROW_BYTES + (chunk ^ row) % 8 * 16);

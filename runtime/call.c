@@ -83,9 +83,20 @@ static moe_status check_batch(const moe_layer *layer, const moe_batch *batch, un
         return moe_fail(err, MOE_ERROR_INVALID_ARGUMENT, "moe_batch.%s is NULL", missing);
     const uintptr_t bytes =
         (uintptr_t)batch->tokens * (uintptr_t)layer->desc.hidden_size * moe_dtype_size(batch->dtype);
+    const uintptr_t pairs = (uintptr_t)batch->tokens * (uintptr_t)slots;
     const uintptr_t in = (uintptr_t)batch->hidden_states, out = (uintptr_t)batch->output;
-    if (experts && in < out + bytes && out < in + bytes)
-        return moe_fail(err, MOE_ERROR_INVALID_ARGUMENT, "moe_batch.output overlaps hidden_states");
+    const struct {
+        const char *name;
+        uintptr_t begin, bytes;
+    } inputs[] = {
+        {"hidden_states", in, bytes},
+        {"topk_ids", (uintptr_t)batch->topk_ids, pairs * (batch->ids_dtype == MOE_I64 ? 8 : 4)},
+        {"topk_weights", (uintptr_t)batch->topk_weights, pairs * sizeof(float)},
+    };
+    const size_t count = routes ? 1 : sizeof inputs / sizeof inputs[0];
+    for (size_t i = 0; experts && i < count; i++)
+        if (inputs[i].begin < out + bytes && out < inputs[i].begin + inputs[i].bytes)
+            return moe_fail(err, MOE_ERROR_INVALID_ARGUMENT, "moe_batch.output overlaps %s", inputs[i].name);
     /* Kernels load and store 16 bytes at a time where rows allow it. */
     if (in % 16 != 0 || (experts && out % 16 != 0))
         return moe_fail(err, MOE_ERROR_INVALID_ARGUMENT, "moe_batch.%s is not aligned to 16 bytes",
@@ -128,20 +139,22 @@ moe_status moe_call_prepare(struct moe_call *call, const moe_layer *layer, const
     moe_status status = check_batch(layer, batch, stages, slots, err);
     if (status != MOE_OK)
         return status;
-    status = moe_choose(layer, batch->path, batch->tokens, path, err);
+    struct moe_choice choice;
+    status = moe_choose(layer, batch->path, batch->tokens, &choice, err);
+    *path = choice.path;
     if (status == MOE_OK)
         status = check_config(*path, batch->config, err);
     if (status != MOE_OK)
         return status;
-    err->text[0] = 0; /* the reason for the choice is not a failure */
 
     moe_call_shape(call, layer, batch->tokens, slots, batch->dtype);
     call->stream = stream;
     call->error = err;
     call->max_sms = batch->max_sms;
-    call->config = batch->config;
+    /* A table's configurations were measured on all SMs; on fewer the path knows better. */
+    call->config = batch->config != 0 ? batch->config : batch->max_sms == 0 ? choice.config : 0;
     call->input = batch->hidden_states;
-    call->output = batch->output;
+    call->output = stages & MOE_STAGE_COMBINE ? batch->output : NULL;
     if (batch->tokens == 0)
         return MOE_OK;
     status = check_workspace(workspace, bytes, moe_workspace_carve(call, *path, NULL), err);

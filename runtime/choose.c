@@ -1,15 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Which path runs, and why. */
+/* Which path runs, in which configuration, and why. */
 #include <stdio.h>
 
 #include "runtime/internal.h"
-
-const char *moe_layouts_name(unsigned layouts)
-{
-    return layouts == MOE_LAYOUT_ROW_MAJOR ? "row-major"
-           : layouts == MOE_LAYOUT_PACKED  ? "packed"
-                                           : "packed or row-major";
-}
 
 /* cublasGemmGroupedBatchedEx wants every matrix on 16 bytes; an expert's rows begin at any multiple of H or I. */
 static moe_status check_grouped(const char *name, const moe_layer_desc *desc, struct moe_error *why)
@@ -94,35 +87,103 @@ moe_status moe_path_available(const moe_context *ctx, moe_path path, const moe_l
     return status == MOE_ERROR_INVALID_ARGUMENT ? moe_context_report((moe_context *)ctx, status, &why) : status;
 }
 
-/* What `auto` takes for a batch of `tokens` on `layer`, and why. */
-static moe_path best_path(const moe_layer *layer, int64_t tokens, struct moe_error *why)
+/* What `auto` takes where no measurement says better. */
+static moe_path formula_path(const moe_layer *layer)
 {
-    (void)tokens; /* one fast path a device so far: the count decides nothing yet */
     const moe_context *ctx = layer->ctx;
-    struct moe_error why_not = {{0}};
-    if (ctx->info.device != MOE_DEVICE_CUDA) {
-        moe_fail(why, MOE_OK, "the fastest path on the CPU");
+    if (ctx->info.device != MOE_DEVICE_CUDA)
         return MOE_PATH_CPU;
-    }
-    if (available(ctx, moe_path_info_get(MOE_PATH_PREFILL), &layer->desc, layer->weights.layout, &why_not) == MOE_OK) {
-        moe_fail(why, MOE_OK, "the fastest path on a GPU, which reads %s weights",
-                 moe_layouts_name(layer->weights.layout));
-        return MOE_PATH_PREFILL;
-    }
-    moe_fail(why, MOE_OK, "%s", why_not.text);
-    return MOE_PATH_SIMPLE;
+    const struct moe_path_info *prefill = moe_path_info_get(MOE_PATH_PREFILL);
+    return available(ctx, prefill, &layer->desc, layer->weights.layout, NULL) == MOE_OK ? MOE_PATH_PREFILL
+                                                                                        : MOE_PATH_SIMPLE;
 }
 
-moe_status moe_choose(const moe_layer *layer, moe_path wanted, int64_t tokens, const struct moe_path_info **info,
-                      struct moe_error *why)
+moe_status moe_choose(const moe_layer *layer, moe_path wanted, int64_t tokens, struct moe_choice *choice,
+                      struct moe_error *err)
 {
-    *info = moe_path_info_get(wanted != MOE_PATH_AUTO ? wanted : best_path(layer, tokens, why));
-    if (*info == NULL)
-        return no_such_path(wanted, why);
-    if (wanted == MOE_PATH_AUTO)
+    const struct moe_tuned_entry *entry = moe_tuned_find(&layer->ctx->tuned, &layer->desc, layer->weights.layout);
+    const struct moe_tuned_point *point = entry != NULL ? moe_tuned_at(entry, tokens) : NULL;
+    moe_path path = wanted != MOE_PATH_AUTO ? wanted : point != NULL ? point->path : formula_path(layer);
+    *choice = (struct moe_choice){.path = moe_path_info_get(path)};
+    if (choice->path == NULL)
+        return no_such_path(wanted, err);
+    if (point != NULL && point->path == path) {
+        choice->tuned = point;
+        choice->config = point->config;
+    }
+    if (wanted == MOE_PATH_AUTO) /* a table was checked when it was read */
         return MOE_OK;
-    moe_status status = available(layer->ctx, *info, &layer->desc, layer->weights.layout, why);
-    return status == MOE_OK ? moe_fail(why, MOE_OK, "asked for by name") : status;
+    return available(layer->ctx, choice->path, &layer->desc, layer->weights.layout, err);
+}
+
+/* The configuration that a batch without one of its own gets; 0: the path has none. */
+static int32_t config_of(const moe_layer *layer, int64_t tokens, const struct moe_choice *choice)
+{
+    struct moe_call call;
+    if (choice->config != 0 || choice->path->config == NULL)
+        return choice->config;
+    moe_call_shape(&call, layer, tokens, layer->desc.top_k, layer->desc.dtype);
+    return choice->path->config(&call);
+}
+
+/* "prefill, configuration 192x2: 512 rows an expert on average". */
+static void explain(const moe_layer *layer, moe_path wanted, int64_t tokens, const struct moe_choice *choice,
+                    struct moe_error *why)
+{
+    const moe_path path = choice->path->path;
+    const char *config = moe_path_config_name(path, config_of(layer, tokens, choice));
+    const double rows = (double)tokens * layer->desc.top_k / layer->desc.num_experts;
+    struct moe_error because = {{0}};
+    if (choice->tuned != NULL)
+        moe_fail(&because, MOE_OK, "tuned for %lld token%s and more in %s", (long long)choice->tuned->tokens,
+                 choice->tuned->tokens == 1 ? "" : "s", layer->ctx->tuned.file);
+    else if (config != NULL)
+        moe_fail(&because, MOE_OK, "%.*f rows an expert on average", rows < 10, rows);
+    else if (wanted == MOE_PATH_AUTO && path == MOE_PATH_SIMPLE)
+        available(layer->ctx, moe_path_info_get(MOE_PATH_PREFILL), &layer->desc, layer->weights.layout, &because);
+    else if (wanted == MOE_PATH_AUTO)
+        moe_fail(&because, MOE_OK, "the fastest path on the CPU");
+    const bool named = wanted != MOE_PATH_AUTO;
+    moe_fail(why, MOE_OK, "%s%s%s: %s%s%s", moe_path_name(path), config != NULL ? ", configuration " : "",
+             config != NULL ? config : "", named ? "asked for by name" : "", named && because.text[0] ? "; " : "",
+             because.text);
+}
+
+/* What the table says of one shape must be possible here. */
+static moe_status check_point(const moe_context *ctx, const struct moe_tuned_entry *entry,
+                              struct moe_tuned_point *point, struct moe_error *why)
+{
+    const struct moe_path_info *info = moe_path_info_get(point->path);
+    moe_layer_desc desc = moe_layer_desc_init(entry->dtype);
+    desc.hidden_size = entry->hidden_size;
+    desc.intermediate_size = entry->intermediate_size;
+    desc.num_experts = entry->num_experts;
+    desc.top_k = entry->top_k;
+    moe_status status = available(ctx, info, &desc, entry->layout, why);
+    if (status != MOE_OK)
+        return status;
+    if (info->synchronises)
+        return moe_fail(why, MOE_ERROR_UNSUPPORTED, "path '%s' waits for the host, which 'auto' never does",
+                        moe_path_name(point->path));
+    const char *name = "";
+    for (point->config = 0; name != NULL && strcmp(name, point->name) != 0; point->config++)
+        name = moe_path_config_name(point->path, point->config + 1);
+    return name != NULL ? MOE_OK
+                        : moe_fail(why, MOE_ERROR_UNSUPPORTED, "path '%s' has no configuration '%s'",
+                                   moe_path_name(point->path), point->name);
+}
+
+moe_status moe_choose_from(moe_context *ctx, struct moe_tuned *table, struct moe_error *err)
+{
+    struct moe_error why = {{0}};
+    for (int32_t i = 0; i < table->count; i++)
+        for (int32_t k = 0; k < table->entries[i].count; k++)
+            if (check_point(ctx, &table->entries[i], &table->entries[i].points[k], &why) != MOE_OK)
+                return moe_fail(err, MOE_ERROR_FILE, "%s: 'entries[%d].points[%d]': %s; 'moe tune' makes a new table",
+                                table->file, (int)i, (int)k, why.text);
+    ctx->tuned = *table;
+    memset(table, 0, sizeof *table);
+    return MOE_OK;
 }
 
 moe_status moe_choose_layout(const moe_context *ctx, const moe_layer_desc *desc, moe_layout wanted, moe_layout *layout,
@@ -145,13 +206,15 @@ moe_status moe_path_choose(const moe_layer *layer, moe_path wanted, int64_t toke
                            size_t reason_bytes)
 {
     struct moe_error why = {{0}};
-    const struct moe_path_info *info;
+    struct moe_choice choice;
     say(reason, reason_bytes, "");
     if (layer == NULL || path == NULL || tokens < 0)
         return moe_context_report(layer != NULL ? layer->ctx : NULL, MOE_ERROR_INVALID_ARGUMENT, NULL);
-    moe_status status = moe_choose(layer, wanted, tokens, &info, &why);
+    moe_status status = moe_choose(layer, wanted, tokens, &choice, &why);
+    if (status == MOE_OK) {
+        *path = choice.path->path;
+        explain(layer, wanted, tokens, &choice, &why);
+    }
     say(reason, reason_bytes, why.text);
-    if (status == MOE_OK)
-        *path = info->path;
     return moe_context_report(layer->ctx, status, &why);
 }

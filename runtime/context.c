@@ -187,13 +187,34 @@ static moe_status open_device(moe_context *ctx, const moe_context_options *optio
     return MOE_OK;
 }
 
-moe_status moe_context_create(const moe_context_options *options, moe_context **out)
+/* The table that auto chooses by: the caller's, or the one that the environment names. One of another device is no
+ * failure, because the environment may be that of a cluster of different machines. */
+static moe_status open_tuned(moe_context *ctx, const char *file, struct moe_error *err)
+{
+    struct moe_tuned table;
+    struct moe_error other;
+    if (file == NULL)
+        file = getenv("MOE_TUNED");
+    if (file == NULL || *file == 0)
+        return MOE_OK;
+    moe_status status = moe_tuned_load(file, &table, err);
+    if (status != MOE_OK)
+        return status;
+    if (moe_tuned_fits(&table, &ctx->info, &other))
+        status = moe_choose_from(ctx, &table, err);
+    else
+        moe_context_log(ctx, MOE_LOG_WARNING, "%s: the table is not used", other.text);
+    moe_tuned_free(&table);
+    return status;
+}
+
+moe_status moe_context_create(const moe_context_options *given, moe_context **out)
 {
     struct moe_error err = {{0}};
-    moe_context_options defaults = moe_context_options_init();
-    if (options == NULL)
-        options = &defaults;
-    if (out == NULL || !moe_struct_ok(options, sizeof *options, "moe_context_options", &err))
+    moe_context_options whole = moe_context_options_init();
+    const moe_context_options *options = &whole;
+    if (out == NULL || (given != NULL && !moe_struct_in(&whole, given, MOE_CONTEXT_OPTIONS_FIRST, sizeof whole,
+                                                        "moe_context_options", &err)))
         return moe_context_report(NULL, MOE_ERROR_INVALID_ARGUMENT, &err);
     *out = NULL;
     if (options->device < MOE_DEVICE_AUTO || options->device > MOE_DEVICE_CUDA || options->device_index < 0 ||
@@ -212,6 +233,8 @@ moe_status moe_context_create(const moe_context_options *options, moe_context **
     pthread_mutex_init(&ctx->error_lock, NULL);
 
     moe_status status = open_device(ctx, options, &err);
+    if (status == MOE_OK)
+        status = open_tuned(ctx, options->tuned, &err);
     if (status != MOE_OK) {
         moe_context_destroy(ctx);
         return moe_context_report(NULL, status, &err);
@@ -226,6 +249,7 @@ void moe_context_destroy(moe_context *ctx)
         return;
     moe_cublas_destroy(ctx->exec.cublas);
     moe_pool_destroy(ctx->exec.pool);
+    moe_tuned_free(&ctx->tuned);
     pthread_mutex_destroy(&ctx->error_lock);
     free(ctx);
 }

@@ -78,7 +78,7 @@ moe_status moe_experts_forward(const moe_layer *layer, const moe_batch *batch, v
 moe_status moe_workspace_size(const moe_layer *layer, const moe_limits *limits, size_t *bytes)
 {
     struct moe_error err = {{0}};
-    const struct moe_path_info *path;
+    struct moe_choice choice;
     if (layer == NULL || bytes == NULL)
         return moe_context_report(layer != NULL ? layer->ctx : NULL, MOE_ERROR_INVALID_ARGUMENT, NULL);
     *bytes = 0;
@@ -86,14 +86,17 @@ moe_status moe_workspace_size(const moe_layer *layer, const moe_limits *limits, 
     if (!moe_struct_ok(limits, sizeof *limits, "moe_limits", &err) ||
         !moe_rows_ok(limits->max_tokens, limits->top_k != 0 ? limits->top_k : desc->top_k, &err))
         return moe_context_report(layer->ctx, MOE_ERROR_INVALID_ARGUMENT, &err);
-    moe_status status = moe_choose(layer, limits->path, limits->max_tokens, &path, &err);
-    if (status != MOE_OK)
-        return moe_context_report(layer->ctx, status, &err);
-
-    /* Any io dtype that differs from the layer's needs the same room for the converted copy. */
-    struct moe_call call;
-    moe_dtype other = desc->dtype == MOE_F32 ? MOE_BF16 : MOE_F32;
-    moe_call_shape(&call, layer, limits->max_tokens, limits->top_k != 0 ? limits->top_k : desc->top_k, other);
-    *bytes = moe_workspace_carve(&call, path, NULL);
+    /* The path that auto takes for fewer tokens may need more: each point of the table counts, at its last token. */
+    for (int64_t tokens = limits->max_tokens; tokens >= 0;) {
+        moe_status status = moe_choose(layer, limits->path, tokens, &choice, &err);
+        if (status != MOE_OK)
+            return moe_context_report(layer->ctx, status, &err);
+        /* Hidden states of 16 bits take the most: a copy of them for an f32 layer does not fit in their output. */
+        struct moe_call call;
+        moe_call_shape(&call, layer, tokens, limits->top_k != 0 ? limits->top_k : desc->top_k, MOE_BF16);
+        size_t needed = moe_workspace_carve(&call, choice.path, NULL);
+        *bytes = needed > *bytes ? needed : *bytes;
+        tokens = choice.tuned != NULL ? choice.tuned->tokens - 1 : -1;
+    }
     return MOE_OK;
 }

@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#include "config/tuned.h"
 #include "kernels/cuda/device.h"
 #include "kernels/kernels.h"
 #include "models/model.h"
@@ -16,7 +17,8 @@ struct moe_context {
     struct moe_exec exec;
     moe_log_fn log;
     void *log_user;
-    char cublas_why[256]; /* why exec.cublas is NULL */
+    char cublas_why[256];   /* why exec.cublas is NULL */
+    struct moe_tuned tuned; /* of this device; empty without a table. Not changed once the context is made */
     pthread_mutex_t error_lock;
     struct moe_error error; /* the last failure's text */
 };
@@ -42,6 +44,7 @@ void moe_context_log(const moe_context *ctx, moe_log_level level, const char *fo
 /* What a caller's struct must have at least where this version's is longer: the bytes of the library's first version.
  */
 enum {
+    MOE_CONTEXT_OPTIONS_FIRST = offsetof(moe_context_options, tuned),
     MOE_LOAD_OPTIONS_FIRST = offsetof(moe_load_options, layout),
     MOE_LAYER_WEIGHTS_FIRST = offsetof(moe_layer_weights, layout),
     MOE_BATCH_FIRST = offsetof(moe_batch, config),
@@ -98,6 +101,7 @@ struct moe_path_info {
     moe_dtype gate_up_dtype, act_dtype, down_dtype; /* MOE_DTYPE_NONE: the layer's */
     size_t (*scratch)(const struct moe_call *call); /* NULL: none; looks at shapes only */
     const char *(*config_name)(int32_t config);     /* from 1 until it is NULL; NULL: one way to run */
+    int32_t (*config)(const struct moe_call *call); /* that a call without one gets; looks at shapes and max_sms only */
     const struct moe_step *steps;                   /* ends with run == NULL; NULL: not in this build */
     const char *why_not;                            /* if steps is NULL */
 };
@@ -107,16 +111,24 @@ const struct moe_path_info *moe_path_info_get(moe_path path);
 
 /* ---- Choice (choose.c) ---- */
 
-/* The path that a batch of `tokens` runs on, with the reason for or against it in `why`. */
-moe_status moe_choose(const moe_layer *layer, moe_path wanted, int64_t tokens, const struct moe_path_info **info,
-                      struct moe_error *why);
+struct moe_choice {
+    const struct moe_path_info *path;
+    int32_t config; /* of the path for batches on all SMs, by the table; 0: the path's own choice for the batch */
+    const struct moe_tuned_point *tuned; /* what the table says for the path and this many tokens; NULL: nothing */
+};
+
+/* What a batch of `tokens` runs on, by the context's table, or where that says nothing by the formula. Shapes, dtype
+ * and layout of the layer decide, and the count: not max_sms. */
+moe_status moe_choose(const moe_layer *layer, moe_path wanted, int64_t tokens, struct moe_choice *choice,
+                      struct moe_error *err);
+
+/* Has the context choose by this table, measured on such a device: the context takes what it holds. MOE_ERROR_FILE if
+ * it names what cannot run. */
+moe_status moe_choose_from(moe_context *ctx, struct moe_tuned *table, struct moe_error *err);
 
 /* The layout for weights like `desc` where `wanted` is asked for: never AUTO. */
 moe_status moe_choose_layout(const moe_context *ctx, const moe_layer_desc *desc, moe_layout wanted, moe_layout *layout,
                              struct moe_error *err);
-
-/* "row-major", "packed" or, for a mask of both, "packed or row-major". */
-const char *moe_layouts_name(unsigned layouts);
 
 /* ---- Workspace (workspace.c): one function both sizes and carves ---- */
 

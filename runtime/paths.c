@@ -189,6 +189,7 @@ static const struct moe_path_info paths[MOE_PATH_COUNT] = {
                           .needs = MOE_NEED_ACT | MOE_NEED_DOWN,
                           .scratch = CUDA_ONLY(moe_scratch_prefill),
                           .config_name = CUDA_ONLY(moe_prefill_config_name),
+                          .config = CUDA_ONLY(moe_prefill_config),
                           CUDA_STEPS(prefill_steps)},
 };
 

@@ -7,6 +7,8 @@
  *   experts  x  rows  gate_up  act  down
  *   path     scratch
  *
+ * There is an x only where it is wider than the caller's hidden states.
+ *
  * T tokens, S slots, E experts (= groups), H hidden, I intermediate; every buffer begins on MOE_WORKSPACE_ALIGNMENT.
  */
 #include "runtime/internal.h"
@@ -51,15 +53,21 @@ size_t moe_workspace_carve(struct moe_call *call, const struct moe_path_info *pa
     plan->slot_row = take(&arena, rows, sizeof(int32_t));
     call->plan.scratch = take(&arena, moe_plan_scratch_bytes(call->tokens, call->slots, call->plan.groups), 1);
 
-    /* Without a conversion to make, the input itself is x. */
-    call->x = call->io_dtype == call->dtype ? (void *)call->input
-                                            : take(&arena, tokens * hidden, moe_dtype_size(call->dtype));
+    const bool converts = call->io_dtype != call->dtype;
+    const bool widens = moe_dtype_size(call->dtype) > moe_dtype_size(call->io_dtype);
+    call->x = take_if(&arena, widens, tokens * hidden, MOE_DTYPE_NONE, call->dtype);
     call->rows = take_if(&arena, path->needs & MOE_NEED_ROWS, rows * hidden, MOE_DTYPE_NONE, call->dtype);
     call->gate_up =
         take_if(&arena, path->needs & MOE_NEED_GATE_UP, rows * 2 * intermediate, path->gate_up_dtype, call->dtype);
     call->act = take_if(&arena, path->needs & MOE_NEED_ACT, rows * intermediate, path->act_dtype, call->dtype);
     call->down_dtype = path->down_dtype != MOE_DTYPE_NONE ? path->down_dtype : call->dtype;
     call->down = take_if(&arena, path->needs & MOE_NEED_DOWN, rows * hidden, call->down_dtype, call->dtype);
+    /* Without a conversion to make, the input itself is x. Otherwise there is room in output, which nothing writes
+     * before combine; a call without output ends before down is used, which every path has. */
+    if (!converts)
+        call->x = (void *)call->input;
+    else if (!widens)
+        call->x = call->output != NULL ? call->output : call->down;
 
     call->scratch_bytes = path->scratch != NULL ? path->scratch(call) : 0;
     call->scratch = take(&arena, call->scratch_bytes, 1);

@@ -88,6 +88,7 @@ int cli_context(const struct cli_target *target, bool verbose, moe_context **ctx
     options.device = target->device.device;
     options.device_index = target->device.index;
     options.threads = (int32_t)target->threads;
+    options.tuned = target->tuned;
     options.log = print_log;
     options.log_user = &show_all;
     moe_status status = moe_context_create(&options, ctx);

@@ -89,6 +89,7 @@ struct cli_target {
     struct cli_device device;
     moe_path path;
     int64_t threads;
+    const char *tuned; /* as in moe_context_options */
 };
 #define CLI_TARGET_OPTIONS(target)                                                                                     \
     {.name = "device",                                                                                                 \
@@ -163,6 +164,7 @@ int moe_cmd_forward(int argc, char **argv);
 int moe_cmd_inspect(int argc, char **argv);
 int moe_cmd_synth(int argc, char **argv);
 int moe_cmd_bench(int argc, char **argv);
+int moe_cmd_tune(int argc, char **argv);
 int moe_cmd_replay(int argc, char **argv);
 int moe_cmd_doctor(int argc, char **argv);
 

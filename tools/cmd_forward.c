@@ -250,7 +250,7 @@ static void print_text(const struct forward *f, double weight_bytes)
     printf("device   %s\n", cli_show_device(f->ctx, a, sizeof a));
     printf("loaded   %s in %s, %s/s\n", cli_show_bytes(loaded, a, sizeof a),
            cli_show_seconds(f->load_seconds, b, sizeof b), cli_show_bytes(loaded / f->load_seconds, c, sizeof c));
-    printf("path     %s: %s\n", moe_path_name(f->runner.path), f->runner.reason);
+    printf("path     %s\n", f->runner.reason);
     printf("ran      %lld token%s in %s", (long long)f->batch.tokens, f->batch.tokens == 1 ? "" : "s",
            cli_show_seconds(f->median, a, sizeof a));
     if (f->o.repeat > 1)

@@ -9,12 +9,13 @@
 int machine_open(struct machine *machine)
 {
     memset(machine, 0, sizeof *machine);
-    const struct cli_target cpu = {.device.device = MOE_DEVICE_CPU};
+    const struct cli_target cpu = {.device.device = MOE_DEVICE_CPU, .tuned = ""};
     int code = cli_context(&cpu, false, &machine->cpu);
     if (code != CLI_GO)
         return code;
     moe_context_options options = moe_context_options_init();
     options.device = MOE_DEVICE_CUDA;
+    options.tuned = ""; /* a table that is wrong makes no device unavailable */
     while (machine->gpu_count < MACHINE_MAX_GPUS) {
         options.device_index = machine->gpu_count;
         if (moe_context_create(&options, &machine->gpus[machine->gpu_count]) != MOE_OK) {

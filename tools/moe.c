@@ -18,6 +18,7 @@ static const struct command {
     {"inspect", "what a checkpoint holds, and which paths can run it here", moe_cmd_inspect},
     {"synth", "write a random checkpoint in the on-disk form of a model family", moe_cmd_synth},
     {"bench", "time layers and stages over token counts and paths", moe_cmd_bench},
+    {"tune", "measure this device, and write the table that auto chooses by", moe_cmd_tune},
     {"replay", "rerun captured batches, and compare with the recorded outputs", moe_cmd_replay},
     {"doctor", "what this machine has, and why a path is unavailable", moe_cmd_doctor},
 };

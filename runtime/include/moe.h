@@ -170,6 +170,9 @@ typedef struct moe_context_options {
     int32_t threads;      /* CPU threads, the caller's included; 0: as many as the process may use */
     moe_log_fn log;       /* NULL: silent */
     void *log_user;
+    const char *tuned;    /* file that `moe tune` wrote, by which auto chooses on the device that it was measured on
+                             (another device's is passed over, with a warning); NULL: the one that the environment
+                             variable MOE_TUNED names, if it is set; "": none */
 } moe_context_options;
 
 static inline moe_context_options moe_context_options_init(void)
@@ -180,7 +183,8 @@ static inline moe_context_options moe_context_options_init(void)
     return o;
 }
 
-/* options NULL: the defaults. Without a CUDA driver MOE_DEVICE_CUDA gives MOE_ERROR_NO_DEVICE. */
+/* options NULL: the defaults. Without a CUDA driver MOE_DEVICE_CUDA gives MOE_ERROR_NO_DEVICE, a tuned table that
+ * cannot be read or names what cannot run MOE_ERROR_FILE. */
 MOE_API moe_status moe_context_create(const moe_context_options *options, moe_context **ctx);
 MOE_API void moe_context_destroy(moe_context *ctx);
 
@@ -349,12 +353,12 @@ MOE_API moe_status moe_layer_weights_get(const moe_layer *layer, moe_layer_weigh
 
 #define MOE_WORKSPACE_ALIGNMENT 256
 
-/* One batch of tokens. Pointers are on the context's device; hidden_states and output are aligned to 16 bytes and do not
- * overlap. */
+/* One batch of tokens. Pointers are on the context's device; hidden_states and output are aligned to 16 bytes. Nothing
+ * overlaps output, whose memory the work uses before the result is there. */
 typedef struct moe_batch {
     size_t size;
     int64_t tokens;            /* 0 is legal */
-    moe_dtype dtype;           /* of hidden_states and output: BF16, F16 or F32; converted where it is not the layer's */
+    moe_dtype dtype;           /* of hidden_states and output: BF16, F16 or F32; converted if it is not the layer's */
     const void *hidden_states; /* [tokens, hidden_size] */
     void *output;              /* [tokens, hidden_size]; not used by moe_route */
 
@@ -414,8 +418,10 @@ MOE_API moe_status moe_route(const moe_layer *layer, const moe_batch *batch, voi
 MOE_API moe_status moe_experts_forward(const moe_layer *layer, const moe_batch *batch, void *workspace, size_t bytes,
                                        void *stream);
 
-/* Which path a batch of `tokens` would run on, and in `reason` (may be NULL) one line that says why. With `wanted` a
- * named path: that path, or MOE_ERROR_UNSUPPORTED and the reason why it cannot run here. */
+/* Which path a batch of `tokens` would run on, and in `reason` (may be NULL) one line that says which path, in which
+ * configuration if it has any (with batch.config and max_sms 0), and why: "prefill, configuration 192x2: 512 rows an
+ * expert on average". With `wanted` a named path: that path, or MOE_ERROR_UNSUPPORTED and the reason why it cannot run
+ * here. */
 MOE_API moe_status moe_path_choose(const moe_layer *layer, moe_path wanted, int64_t tokens, moe_path *path,
                                    char *reason, size_t reason_bytes);
 /* Whether a path can run, before there is a layer; desc NULL: on any shape. MOE_OK, or MOE_ERROR_UNSUPPORTED and in
@@ -426,8 +432,8 @@ MOE_API moe_status moe_path_available(const moe_context *ctx, moe_path path, con
 /* ---- Captured batches ------------------------------------------------------------------------------------------ */
 
 /*
- * A session is a directory: session.jsonl, one line a batch, and one safetensors file a batch. A batch is in the session
- * when its line is, whole: a process that dies while appending leaves the session without that batch.
+ * A session is a directory: session.jsonl, one line a batch, and one safetensors file a batch. A batch is in the
+ * session when its line is, whole: a process that dies while appending leaves the session without that batch.
  */
 typedef struct moe_record {
     size_t size;

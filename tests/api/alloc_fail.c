@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Memory runs out, at every place where it can: a life of the library (context, checkpoint, layer, workspace, forward,
- * capture, session) is run again and again, and in run n the n-th request for memory fails. Each run must end with a
- * status and a text, leave no block, mapping or descriptor behind, and leave a session that is as before the append
- * or one batch longer.
+ * Memory runs out, at every place where it can: a life of the library (context, tuned table, checkpoint, layer,
+ * workspace, forward, capture, session) is run again and again, and in run n the n-th request for memory fails. Each
+ * run must end with a status and a text, leave no block, mapping or descriptor behind, and leave a session that is as
+ * before the append or one batch longer.
  *
  * The linker's --wrap sends the library's calls here, which works beside a sanitizer's own allocator as well.
  */
@@ -217,10 +217,11 @@ int __wrap_fdatasync(int descriptor)
 
 /* ---- A checkpoint in two shards ---- */
 
-enum { TOKENS = 3, HIDDEN = 16, INTERMEDIATE = 8, EXPERTS = 4, TOP_K = 2 };
+enum { THREADS = 2, TOKENS = 3, HIDDEN = 16, INTERMEDIATE = 8, EXPERTS = 4, TOP_K = 2 };
 
 static char directory[64]; /* of this test's files; the checkpoint's too */
 static char session[96];
+static char tuned[96];      /* a table for the layer; empty until it is there */
 static off_t session_bytes; /* of session.jsonl with the one batch that is there before a run; 0: no session yet */
 static _Alignas(16) float hidden_states[TOKENS * HIDDEN];
 static float expected[TOKENS * HIDDEN]; /* output when nothing fails */
@@ -369,7 +370,8 @@ static moe_status live(struct life *life, char *text, size_t size)
     text[0] = 0;
     moe_context_options options = moe_context_options_init();
     options.device = MOE_DEVICE_CPU;
-    options.threads = 2;
+    options.threads = THREADS;
+    options.tuned = tuned;
     moe_status status = moe_context_create(&options, &life->ctx);
     if (status == MOE_OK)
         status = moe_checkpoint_open(life->ctx, directory, &life->checkpoint);
@@ -389,6 +391,25 @@ static moe_status live(struct life *life, char *text, size_t size)
     moe_checkpoint_close(life->checkpoint);
     moe_context_destroy(life->ctx);
     return status;
+}
+
+/* Of this CPU, and for the layer: what auto would choose in any case. */
+static void write_table(void)
+{
+    moe_context *ctx;
+    moe_device_info device = moe_device_info_init();
+    moe_context_options options = moe_context_options_init();
+    options.device = MOE_DEVICE_CPU;
+    options.threads = THREADS;
+    assert_int_equal(moe_context_create(&options, &ctx), MOE_OK);
+    assert_int_equal(moe_context_device(ctx, &device), MOE_OK);
+    moe_context_destroy(ctx);
+    write_text("tuned.json",
+               "{\"device\": {\"name\": \"%s\", \"compute_capability\": 0, \"cores\": %d}, \"entries\": [{"
+               "\"hidden_size\": %d, \"intermediate_size\": %d, \"num_experts\": %d, \"top_k\": %d, \"dtype\": "
+               "\"f32\", \"layout\": \"row-major\", \"points\": [{\"tokens\": 1, \"path\": \"cpu\"}]}]}",
+               device.name, device.cores, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K);
+    snprintf(tuned, sizeof tuned, "%s/tuned.json", directory);
 }
 
 /* ---- What must hold after a run ---- */
@@ -563,6 +584,7 @@ static int set_up(void **state)
         return -1;
     snprintf(session, sizeof session, "%s/session", directory);
     write_checkpoint();
+    write_table();
     moe_status status = live(&life, text, sizeof text);
     remove_files(session);
     if (status != MOE_OK) {

@@ -25,7 +25,7 @@ import time
 import tensors
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-COMMANDS = ["forward", "inspect", "synth", "bench", "replay", "doctor"]
+COMMANDS = ["forward", "inspect", "synth", "bench", "tune", "replay", "doctor"]
 args = None
 skipped = []
 
@@ -695,6 +695,82 @@ def test_bench():
     fails(2, "--shape is '64,96,5,6'", "bench", "--shape", "64,96,5,6")
     fails(3, "--max-sms is for a GPU", *run, "--max-sms", 8)
     fails(3, "packed weights: path 'prefill'", *run, "--layouts", "packed")
+
+
+def test_tune():
+    """Writes a table, which auto then chooses by; keeps the entries of other layers; refuses what is no table for it."""
+    tiny()
+    tune = ["tune", "--device", "cpu", "--seconds", 0.01]
+    run = ["forward", "--model", "m", "--input", "x.safetensors", "--output", "y", "--device", "cpu"]
+    table = {**os.environ, "MOE_TUNED": "moe-tuned.json"}
+    formula = "cpu: the fastest path on the CPU"
+    check(report(*run)["path_reason"] == formula, "a table that is not there yet")
+
+    result = report(*tune, "--shape", "64,96,5,2", "--tokens", "7,2,7", "--dtype", "f32")
+    check([p["tokens"] for p in result["points"]] == [2, 7] and result["points_written"] == 1, f"{result}")
+    check((result["file"], result["layout"], result["layer"]["dtype"]) == ("moe-tuned.json", "row-major", "f32"),
+          f"{result}")  # fmt: skip
+    for point in result["points"]:
+        check(point["formula"] == formula and point["chosen"] == {"path": "cpu"} and point["gain"] == 0, f"{point}")
+        check([c["path"] for c in point["candidates"]] == ["cpu"], f"{point}")
+        check(all(c["samples"] >= 3 and c["median_seconds"] > 0 for c in point["candidates"]), f"{point}")
+
+    def written():
+        with open("moe-tuned.json") as f:
+            return json.load(f)
+
+    device = report("doctor")["cpu"]
+    first = {"hidden_size": 64, "intermediate_size": 96, "num_experts": 5, "top_k": 2, "dtype": "f32",
+             "layout": "row-major", "points": [{"tokens": 2, "path": "cpu"}]}  # fmt: skip
+    check(written() == {"device": {"name": device["name"], "compute_capability": 0, "cores": device["threads"]},
+                        "entries": [first]}, f"{written()}")  # fmt: skip
+    # The model's shape; a table that is in use is not what it is measured against.
+    out, err = moe(*tune, "--model", "m", "--tokens", 16, env=table)
+    check(re.search(r"(?m)^tokens +cpu  chosen\n +16 +\S+ \S+  cpu, the formula's choice$", out), out)
+    check(re.search(r"(?m)^moe-tuned.json: 1 point for this layer; .*MOE_TUNED=moe-tuned.json$", out) and not err, out)
+    second = {"hidden_size": 64, "intermediate_size": 128, "num_experts": 4, "top_k": 2, "dtype": "bf16",
+              "layout": "row-major", "points": [{"tokens": 16, "path": "cpu"}]}  # fmt: skip
+    check(written()["entries"] == [first, second], f"{written()}")
+    moe(*tune, "--shape", "64,96,5,2", "--tokens", 3, "--dtype", "f32")
+    first["points"][0]["tokens"] = 3
+    check(written()["entries"] == [first, second], f"{written()}")
+
+    tuned = "cpu: tuned for 16 tokens and more in moe-tuned.json"
+    check(report(*run)["path_reason"] == formula, "a table that nothing names")
+    check(report(*run, env=table)["path_reason"] == tuned, "MOE_TUNED")
+    check("path     " + tuned + "\n" in moe(*run, env=table)[0], "MOE_TUNED: not printed")
+    other = written()
+    other["entries"][1]["points"] = [{"tokens": 2, "path": "reference"}, {"tokens": 17, "path": "cpu"}]
+    with open("moe-tuned.json", "w") as f:
+        json.dump(other, f)
+    result = report(*run, env=table)
+    check((result["path"], result["path_reason"]) == ("reference", tuned.replace("cpu", "reference").replace("16", "2")),
+          f"{result}")  # fmt: skip
+    check(report(*run, "--path", "cpu", env=table)["path_reason"] == "cpu: asked for by name", "by name")
+
+    other["device"]["cores"] += 1
+    with open("moe-tuned.json", "w") as f:
+        json.dump(other, f)
+    out, err = moe(*run, env=table)
+    check(formula in out and re.fullmatch(r"moe: moe-tuned.json: was measured on .*: the table is not used\n", err), err)
+    fails(4, "^moe: moe-tuned.json: was measured on .*: give another --output", *tune, "--shape", "64,96,5,2")
+    other["entries"][0]["points"][0]["path"] = "fast"
+    with open("moe-tuned.json", "w") as f:
+        json.dump(other, f)
+    bad = "^moe: moe-tuned.json: 'entries\\[0\\].points\\[0\\].path' is \"fast\", expected one of"
+    fails(4, bad, *run, env=table)
+    fails(4, bad, *tune, "--shape", "64,96,5,2")
+    fails(4, "^moe: none: cannot open", *run, env={**os.environ, "MOE_TUNED": "none"})
+    moe("doctor", env=table)
+
+    fails(3, "^moe: no/t: ", *tune, "--shape", "64,96,5,2", "--output", "no/t")
+    fails(3, "^moe: ", *tune, "--device", "cuda:1000")
+    fails(2, "tune: --tokens has '0'", *tune, "--tokens", 0)
+    fails(2, "tune: --like 'olmo' is no shape.*, did you mean 'olmoe'", *tune, "--like", "olmo", "--output", "t")
+    fails(2, "tune: --model, --like and --shape exclude each other", *tune, "--like", "olmoe", "--model", "m")
+    fails(2, "tune: --dtype is the checkpoint's own", *tune, "--dtype", "f32", "--model", "m")
+    fails(2, "tune: --layer needs --model", *tune, "--layer", 0)
+    check(not os.path.exists("t"), "a failed run left a table")
 
 
 def test_torch_compare():

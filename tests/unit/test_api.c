@@ -137,6 +137,14 @@ static void bad_batches(void **state)
     refused(f, moe_experts_forward(f->layer, &experts, f->workspace, f->bytes, NULL), MOE_ERROR_INVALID_ARGUMENT,
             "topk_weights is NULL");
     experts.topk_weights = f->weights;
+    experts.topk_ids = f->y + TOKENS * HIDDEN - 1;
+    refused(f, moe_experts_forward(f->layer, &experts, f->workspace, f->bytes, NULL), MOE_ERROR_INVALID_ARGUMENT,
+            "output overlaps topk_ids");
+    experts.topk_ids = f->ids;
+    experts.topk_weights = f->y;
+    refused(f, moe_experts_forward(f->layer, &experts, f->workspace, f->bytes, NULL), MOE_ERROR_INVALID_ARGUMENT,
+            "output overlaps topk_weights");
+    experts.topk_weights = f->weights;
     experts.ids_dtype = MOE_BF16;
     refused(f, moe_experts_forward(f->layer, &experts, f->workspace, f->bytes, NULL), MOE_ERROR_INVALID_ARGUMENT,
             "ids_dtype");

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Which path runs and which layout a layer gets, by device, shape and layout; the device is made up. */
+/* Which path runs, in which configuration, and which layout a layer gets, by device, shape, layout and table; the
+ * device is made up. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -11,7 +12,8 @@
 
 #include "runtime/internal.h"
 
-static moe_context gpu = {.info = {.device = MOE_DEVICE_CUDA, .compute_capability = 90}};
+static moe_context gpu = {.info = {.device = MOE_DEVICE_CUDA, .compute_capability = 90},
+                          .exec = {.device = MOE_DEVICE_CUDA, .sms = 132, .compute_capability = 90}};
 
 static moe_layer make_layer(moe_dtype dtype, int64_t hidden, int64_t intermediate, moe_layout layout)
 {
@@ -75,10 +77,10 @@ static void layouts(void **state)
         const moe_layer rows = make_layer(dtypes[i], 40, 24, MOE_LAYOUT_ROW_MAJOR);
         const moe_layer packed = make_layer(dtypes[i], 40, 24, MOE_LAYOUT_PACKED);
         moe_layout layout;
-        expect_path(&rows, MOE_PATH_AUTO, MOE_PATH_PREFILL, "row-major");
+        expect_path(&rows, MOE_PATH_AUTO, MOE_PATH_PREFILL, "rows an expert");
         expect_path(&rows, MOE_PATH_PREFILL, MOE_PATH_PREFILL, "by name");
         expect_path(&rows, MOE_PATH_SIMPLE, MOE_PATH_SIMPLE, "by name");
-        expect_path(&packed, MOE_PATH_AUTO, MOE_PATH_PREFILL, "packed");
+        expect_path(&packed, MOE_PATH_AUTO, MOE_PATH_PREFILL, "rows an expert");
         expect_path(&packed, MOE_PATH_PREFILL, MOE_PATH_PREFILL, "by name");
         expect_refusal(&packed, MOE_PATH_SIMPLE, "path 'simple' reads row-major weights; this layer's are packed");
         /* Without a layer there is no layout to refuse. */
@@ -124,6 +126,223 @@ static void configs(void **state)
     assert_non_null(strstr(err.text, word));
 }
 
+/* ---- The formula and a table ---- */
+
+static const int64_t counts[] = {1, 100, 255, 256, 1023, 1024, 4095, 4096, 100000};
+enum { COUNTS = sizeof counts / sizeof *counts };
+
+static void expect_reason(const moe_layer *layer, moe_path wanted, int64_t tokens, const char *format, ...)
+    __attribute__((format(printf, 4, 5)));
+static void expect_reason(const moe_layer *layer, moe_path wanted, int64_t tokens, const char *format, ...)
+{
+    char reason[512], expected[512];
+    moe_path path;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(expected, sizeof expected, format, args);
+    va_end(args);
+    assert_int_equal(moe_path_choose(layer, wanted, tokens, &path, reason, sizeof reason), MOE_OK);
+    assert_string_equal(reason, expected);
+}
+
+/* The configuration that a batch runs in. */
+static int32_t config_of(const moe_layer *layer, moe_path wanted, int64_t tokens, int32_t config, int32_t max_sms)
+{
+    struct moe_call call;
+    struct moe_error err = {{0}};
+    const struct moe_path_info *path;
+    static _Alignas(256) char memory[256]; /* nothing is read or written */
+    moe_batch batch = moe_batch_init();
+    batch.tokens = tokens;
+    batch.dtype = layer->desc.dtype;
+    batch.path = wanted;
+    batch.config = config;
+    batch.max_sms = max_sms;
+    batch.hidden_states = (void *)((uintptr_t)1 << 40);
+    batch.output = (void *)((uintptr_t)1 << 41);
+    batch.topk_ids = batch.hidden_states;
+    batch.topk_weights = batch.hidden_states;
+    if (moe_call_prepare(&call, layer, &batch, MOE_STAGES_EXPERTS, memory, SIZE_MAX, NULL, &path, &err) != MOE_OK)
+        fail_msg("%s", err.text);
+    return call.config;
+}
+
+static int32_t formula(const moe_layer *layer, int64_t tokens, int32_t max_sms)
+{
+    struct moe_call call;
+    moe_call_shape(&call, layer, tokens, layer->desc.top_k, layer->desc.dtype);
+    call.max_sms = max_sms;
+    return moe_path_info_get(MOE_PATH_PREFILL)->config(&call);
+}
+
+/* Without a table: the formula's configuration by rows per expert, which is left to the path when the batch runs. */
+static void chooses_by_formula(void **state)
+{
+    (void)state;
+    const moe_layer layer = make_layer(MOE_BF16, 40, 24, MOE_LAYOUT_PACKED); /* a quarter of the tokens to an expert */
+    const moe_layer odd = make_layer(MOE_BF16, 40, 20, MOE_LAYOUT_ROW_MAJOR);
+    for (int i = 0; i < COUNTS; i++) {
+        const char *name = moe_path_config_name(MOE_PATH_PREFILL, formula(&layer, counts[i], 0));
+        assert_non_null(name);
+        assert_non_null(moe_path_config_name(MOE_PATH_PREFILL, formula(&layer, counts[i], 1)));
+        assert_int_equal(config_of(&layer, MOE_PATH_AUTO, counts[i], 0, 0), 0);
+        assert_int_equal(config_of(&layer, MOE_PATH_AUTO, counts[i], 1, 0), 1);
+        expect_reason(&odd, MOE_PATH_AUTO, counts[i],
+                      "simple: path 'prefill' needs sizes in multiples of 8; intermediate_size is 20");
+    }
+    const char *few = moe_path_config_name(MOE_PATH_PREFILL, formula(&layer, 10, 0));
+    const char *many = moe_path_config_name(MOE_PATH_PREFILL, formula(&layer, 8192, 0));
+    if (strcmp(few, "mma") != 0) /* a build without kernels for 9.0 leaves the tile to the launch */
+        assert_string_not_equal(few, many);
+    expect_reason(&layer, MOE_PATH_AUTO, 10, "prefill, configuration %s: 2.5 rows an expert on average", few);
+    expect_reason(&layer, MOE_PATH_AUTO, 8192, "prefill, configuration %s: 2048 rows an expert on average", many);
+    expect_reason(&layer, MOE_PATH_PREFILL, 8192,
+                  "prefill, configuration %s: asked for by name; 2048 rows an expert on average", many);
+    expect_reason(&odd, MOE_PATH_SIMPLE, 1, "simple: asked for by name");
+}
+
+/* Entries for layers of 40 x 24, 8 experts, top 2, bf16, in both layouts. %s: names of configurations. */
+static void use_table(const char *format, ...) __attribute__((format(printf, 1, 2)));
+static void use_table(const char *format, ...)
+{
+    char text[4096];
+    struct moe_tuned table;
+    struct moe_error err = {{0}};
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    moe_tuned_free(&gpu.tuned);
+    if (moe_tuned_parse(text, strlen(text), "t.json", &table, &err) != MOE_OK ||
+        moe_choose_from(&gpu, &table, &err) != MOE_OK)
+        fail_msg("%s", err.text);
+    assert_null(table.entries);
+}
+
+static int drop_table(void **state)
+{
+    (void)state;
+    moe_tuned_free(&gpu.tuned);
+    gpu.exec.cublas = NULL;
+    return 0;
+}
+
+#define TABLE(rows, packed)                                                                                            \
+    "{\"device\":{\"name\":\"GPU\",\"compute_capability\":90,\"cores\":132},\"entries\":["                             \
+    "{" SHAPE "\"bf16\",\"layout\":\"row-major\",\"points\":[" rows "]},"                                              \
+    "{" SHAPE "\"bf16\",\"layout\":\"packed\",\"points\":[" packed "]}]}"
+#define SHAPE "\"hidden_size\":40,\"intermediate_size\":24,\"num_experts\":8,\"top_k\":2,\"dtype\":"
+
+static void chooses_by_table(void **state)
+{
+    (void)state;
+    const char *first = moe_path_config_name(MOE_PATH_PREFILL, 1), *second = moe_path_config_name(MOE_PATH_PREFILL, 2);
+    use_table(TABLE("{\"tokens\":1,\"path\":\"simple\"},{\"tokens\":256,\"path\":\"prefill\",\"config\":\"%s\"}",
+                    "{\"tokens\":256,\"path\":\"prefill\",\"config\":\"%s\"},{\"tokens\":1024,\"path\":\"prefill\"},"
+                    "{\"tokens\":4096,\"path\":\"prefill\",\"config\":\"%s\"}"),
+              first, second, first);
+    const moe_layer rows = make_layer(MOE_BF16, 40, 24, MOE_LAYOUT_ROW_MAJOR);
+    const moe_layer packed = make_layer(MOE_BF16, 40, 24, MOE_LAYOUT_PACKED);
+    for (int i = 0; i < COUNTS; i++) {
+        const int64_t tokens = counts[i];
+        const int32_t in_rows = tokens < 256 ? 0 : 1;
+        const int32_t in_packed = tokens < 256 ? 0 : tokens < 1024 ? 2 : tokens < 4096 ? 0 : 1;
+        assert_int_equal(config_of(&rows, MOE_PATH_AUTO, tokens, 0, 0), in_rows);
+        assert_int_equal(config_of(&rows, MOE_PATH_PREFILL, tokens, 0, 0), in_rows);
+        assert_int_equal(config_of(&packed, MOE_PATH_AUTO, tokens, 0, 0), in_packed);
+        assert_int_equal(config_of(&packed, MOE_PATH_PREFILL, tokens, 0, 0), in_packed);
+        /* The batch's own configuration goes first; fewer SMs are another machine than the one that was measured. */
+        assert_int_equal(config_of(&packed, MOE_PATH_AUTO, tokens, 3, 0), 3);
+        assert_int_equal(config_of(&packed, MOE_PATH_AUTO, tokens, 0, 66), 0);
+        assert_int_equal(config_of(&rows, MOE_PATH_SIMPLE, tokens, 0, 0), 0);
+
+        const char *by_formula = moe_path_config_name(MOE_PATH_PREFILL, formula(&packed, tokens, 0));
+        const int64_t from = tokens < 1024 ? 256 : tokens < 4096 ? 1024 : 4096;
+        const char *chosen = in_packed ? moe_path_config_name(MOE_PATH_PREFILL, in_packed) : by_formula;
+        if (tokens < 256)
+            expect_reason(&rows, MOE_PATH_AUTO, tokens, "simple: tuned for 1 token and more in t.json");
+        else
+            expect_reason(&rows, MOE_PATH_AUTO, tokens,
+                          "prefill, configuration %s: tuned for 256 tokens and more in t.json", first);
+        if (tokens >= 256) {
+            expect_reason(&packed, MOE_PATH_AUTO, tokens,
+                          "prefill, configuration %s: tuned for %lld tokens and more in t.json", chosen,
+                          (long long)from);
+            expect_reason(&packed, MOE_PATH_PREFILL, tokens,
+                          "prefill, configuration %s: asked for by name; tuned for %lld tokens and more in t.json",
+                          chosen, (long long)from);
+        }
+    }
+    /* Another shape: the formula. */
+    moe_layer other = packed;
+    other.desc.top_k = 4;
+    assert_int_equal(config_of(&other, MOE_PATH_AUTO, 256, 0, 0), 0);
+    expect_reason(&other, MOE_PATH_AUTO, 256, "prefill, configuration %s: 128 rows an expert on average",
+                  moe_path_config_name(MOE_PATH_PREFILL, formula(&other, 256, 0)));
+}
+
+/* With `auto` a workspace serves fewer tokens on a path that needs more, too. */
+static void workspace_for_every_choice(void **state)
+{
+    (void)state;
+    use_table(TABLE("{\"tokens\":1,\"path\":\"simple\"},{\"tokens\":300,\"path\":\"prefill\"}",
+                    "{\"tokens\":1,\"path\":\"prefill\"}"));
+    const moe_layer layer = make_layer(MOE_BF16, 40, 24, MOE_LAYOUT_ROW_MAJOR);
+    moe_limits limits = moe_limits_init();
+    size_t most = 0, last = 0, bytes;
+    for (int64_t tokens = 0; tokens <= 310; tokens++) {
+        struct moe_choice choice;
+        struct moe_call call;
+        assert_int_equal(moe_choose(&layer, MOE_PATH_AUTO, tokens, &choice, NULL), MOE_OK);
+        assert_int_equal(choice.path->path, tokens == 0 || tokens >= 300 ? MOE_PATH_PREFILL : MOE_PATH_SIMPLE);
+        moe_call_shape(&call, &layer, tokens, layer.desc.top_k, MOE_F32);
+        last = moe_workspace_carve(&call, choice.path, NULL);
+        most = last > most ? last : most;
+    }
+    assert_true(last < most);
+    limits.max_tokens = 310;
+    assert_int_equal(moe_workspace_size(&layer, &limits, &bytes), MOE_OK);
+    assert_int_equal(bytes, most);
+    limits.path = MOE_PATH_PREFILL;
+    assert_int_equal(moe_workspace_size(&layer, &limits, &bytes), MOE_OK);
+    assert_int_equal(bytes, last);
+}
+
+static void refuses_tables(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *points, *message; /* of the packed entry */
+    } cases[] = {
+        {"{\"tokens\":1,\"path\":\"simple\"}",
+         "t.json: 'entries[1].points[0]': path 'simple' reads row-major weights; this layer's are packed"},
+        {"{\"tokens\":1,\"path\":\"prefill\"},{\"tokens\":2,\"path\":\"cpu\"}",
+         "t.json: 'entries[1].points[1]': path 'cpu' runs on the CPU"},
+        {"{\"tokens\":1,\"path\":\"decode\"}", "t.json: 'entries[1].points[0]': path 'decode': not in this version"},
+        {"{\"tokens\":1,\"path\":\"prefill\",\"config\":\"of old\"}",
+         "t.json: 'entries[1].points[0]': path 'prefill' has no configuration 'of old'; 'moe tune' makes a new table"},
+    };
+    struct moe_tuned table;
+    struct moe_error err;
+    char text[4096];
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        snprintf(text, sizeof text, TABLE("{\"tokens\":1,\"path\":\"simple\"}", "%s"), cases[i].points);
+        assert_int_equal(moe_tuned_parse(text, strlen(text), "t.json", &table, &err), MOE_OK);
+        assert_int_equal(moe_choose_from(&gpu, &table, &err), MOE_ERROR_FILE);
+        if (!strstr(err.text, cases[i].message))
+            fail_msg("'%s', expected '%s'", err.text, cases[i].message);
+        assert_int_equal(gpu.tuned.count, 0);
+        moe_tuned_free(&table);
+    }
+    gpu.exec.cublas = (struct moe_cublas *)&gpu; /* never called: so that the paths are available */
+    snprintf(text, sizeof text, "%s",
+             TABLE("{\"tokens\":1,\"path\":\"cublas-loop\"}", "{\"tokens\":1,\"path\":\"prefill\"}"));
+    assert_int_equal(moe_tuned_parse(text, strlen(text), "t.json", &table, &err), MOE_OK);
+    assert_int_equal(moe_choose_from(&gpu, &table, &err), MOE_ERROR_FILE);
+    assert_non_null(strstr(err.text, "path 'cublas-loop' waits for the host"));
+    moe_tuned_free(&table);
+}
+
 static void without_cuda(void **state)
 {
     (void)state;
@@ -134,7 +353,15 @@ static void without_cuda(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest with[] = {cmocka_unit_test(shapes), cmocka_unit_test(layouts), cmocka_unit_test(configs)};
+    const struct CMUnitTest with[] = {
+        cmocka_unit_test(shapes),
+        cmocka_unit_test(layouts),
+        cmocka_unit_test(configs),
+        cmocka_unit_test(chooses_by_formula),
+        cmocka_unit_test_teardown(chooses_by_table, drop_table),
+        cmocka_unit_test_teardown(workspace_for_every_choice, drop_table),
+        cmocka_unit_test_teardown(refuses_tables, drop_table),
+    };
     const struct CMUnitTest without[] = {cmocka_unit_test(without_cuda)};
     return moe_cuda_built() ? cmocka_run_group_tests(with, NULL, NULL) : cmocka_run_group_tests(without, NULL, NULL);
 }

@@ -356,7 +356,12 @@ moe_status bench_meter_point(struct bench_meter *m, int64_t tokens, struct bench
             learn(r, tokens, m->results[i].time.median);
     }
     struct bench_time read = bench_time_of(m->read, m->read_count), dense = bench_time_of(m->dense, m->dense_count);
-    if (status == MOE_OK)
+    if (status == MOE_OK && report)
         bench_report_point(report, &m->point, &read, &dense, m->results, m->count);
     return status;
+}
+
+const struct bench_result *bench_meter_result(const struct bench_meter *m, int i)
+{
+    return i < m->count ? &m->results[i] : NULL;
 }

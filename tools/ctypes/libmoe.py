@@ -36,7 +36,7 @@ class _Sized(ctypes.Structure):
 
 class moe_context_options(_Sized):
     _fields_ = [("size", c_size_t), ("device", c_int), ("device_index", c_int32), ("threads", c_int32), ("log", LogFn),
-                ("log_user", c_void_p)]
+                ("log_user", c_void_p), ("tuned", c_char_p)]
 
 
 class moe_device_info(_Sized):

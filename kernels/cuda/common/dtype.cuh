@@ -6,6 +6,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <stdint.h>
 
 #include "moe.h"
 
@@ -40,6 +41,19 @@ template <> __device__ inline __nv_bfloat16 moe_from_float<__nv_bfloat16>(float 
 template <> __device__ inline __half moe_from_float<__half>(float v)
 {
     return __float2half_rn(v);
+}
+
+// Two elements of 16 bits in one register, x in the low half.
+static __device__ inline uint32_t moe_pair(float x, float y, __nv_bfloat16)
+{
+    const __nv_bfloat162 v = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const uint32_t *>(&v);
+}
+
+static __device__ inline uint32_t moe_pair(float x, float y, __half)
+{
+    const __half2 v = __floats2half2_rn(x, y);
+    return *reinterpret_cast<const uint32_t *>(&v);
 }
 
 // v as a value of `dtype`.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instructions of compute capability 9.0a that have no intrinsic: barriers in shared memory, bulk and tensor
-// copies, warpgroup matrix products. Shared memory is named by its 32-bit address (moe_shared). Included by code that
-// is compiled for sm_90a alone.
+// The instructions of compute capability 9.0a that have no intrinsic: bulk and tensor copies, what barriers do for
+// them, warpgroup matrix products. Shared memory is named by its 32-bit address (moe_shared). For code that is
+// compiled for sm_90a alone.
 #ifndef MOE_KERNELS_CUDA_COMMON_HOPPER_CUH
 #define MOE_KERNELS_CUDA_COMMON_HOPPER_CUH
 
@@ -10,17 +10,7 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
-static __device__ inline uint32_t moe_shared(const void *p)
-{
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
-// ---- Barriers (mbarrier): a phase ends when all arrivals and all expected bytes are in ----
-
-static __device__ inline void moe_barrier_init(uint32_t barrier, uint32_t arrivals)
-{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
+// ---- Barriers (those of ptx.cuh), as copies and blocks of this kind use them ----
 
 // After the inits, before the block's __syncthreads: makes them visible to copies and to the other threads.
 static __device__ inline void moe_barrier_init_done()
@@ -28,9 +18,9 @@ static __device__ inline void moe_barrier_init_done()
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-static __device__ inline void moe_barrier_arrive(uint32_t barrier)
+static __device__ inline void moe_barrier_arrive_as(uint32_t barrier, uint32_t arrivals)
 {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
 // Arrives, and makes the phase wait for `bytes` that copies will bring.
@@ -39,44 +29,10 @@ static __device__ inline void moe_barrier_expect(uint32_t barrier, uint32_t byte
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrives when all cp.async of this thread so far are complete; one of the arrivals of the init.
-static __device__ inline void moe_barrier_arrive_cp_async(uint32_t barrier)
-{
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-// Waits for the end of the phase of this parity (0, 1, 0, ...). A fresh barrier counts as having ended parity 1.
-static __device__ inline void moe_barrier_wait(uint32_t barrier, uint32_t parity)
-{
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@done bra.uni end;\n"
-                 "bra.uni again;\n"
-                 "end:\n"
-                 "}" ::"r"(barrier),
-                 "r"(parity)
-                 : "memory");
-}
-
 // A barrier among `threads` threads of a block, the numbers 1 to 15 are free (0 is __syncthreads).
 static __device__ inline void moe_named_sync(int barrier, int threads)
 {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-static __device__ inline void moe_named_arrive(int barrier, int threads)
-{
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-// ---- Copies ----
-
-// Starts a copy of 16 bytes by this thread. Only the first `bytes` (0 to 16) are read, the rest becomes zero.
-static __device__ inline void moe_cp_async_to(uint32_t to, const void *from, int bytes)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
 // ---- Copies by the copy engine: one thread starts them, the barrier counts their bytes ----
@@ -116,15 +72,16 @@ static __device__ inline void moe_tensor_load_5d(uint32_t to, const CUtensorMap 
                  : "memory");
 }
 
-static __device__ inline void moe_prefetch_map(const CUtensorMap *map)
-{
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // Between what threads write or see and what copies and tensor cores, in the other proxy, read.
 static __device__ inline void moe_fence_async()
 {
     asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+// The same, for what they wrote to shared memory.
+static __device__ inline void moe_fence_async_shared()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // ---- Copies out: the thread that starts them closes and awaits groups of them ----
@@ -141,10 +98,10 @@ static __device__ inline void moe_store_commit()
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Until all but the last LEFT groups have read shared memory.
-template <int LEFT> __device__ inline void moe_store_wait_read()
+// Until all groups have read shared memory.
+static __device__ inline void moe_store_wait_read()
 {
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 // Until all groups are in memory.
@@ -153,72 +110,7 @@ static __device__ inline void moe_store_wait()
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-// ---- Clusters: blocks that share what they load. An address in shared memory is that of the own block; its
-// counterpart in block `rank` of the cluster is moe_shared_of(address, rank) ----
-
-static __device__ inline uint32_t moe_cluster_rank()
-{
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-static __device__ inline uint32_t moe_shared_of(uint32_t address, uint32_t rank)
-{
-    uint32_t there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-    return there;
-}
-
-static __device__ inline void moe_cluster_sync()
-{
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// As moe_barrier_arrive, at a barrier of any block of the cluster.
-static __device__ inline void moe_cluster_arrive(uint32_t barrier)
-{
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Stores 16 bytes in any block of the cluster, and counts them at a barrier of the same block.
-static __device__ inline void moe_cluster_store(uint32_t to, int4 v, uint32_t barrier)
-{
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
-                 : "memory");
-}
-
-// As the loads above, to the same place in each block of the cluster whose bit in `blocks` is set; the bytes count at
-// the barrier of the same place there.
-static __device__ inline void moe_bulk_load_all(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier,
-                                                uint16_t blocks)
-{
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, "
-                 "[%3], %4;" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
-                 : "memory");
-}
-
-static __device__ inline void moe_tensor_load_3d_all(uint32_t to, const CUtensorMap *map, int c0, int c1, int c2,
-                                                     uint32_t barrier, uint16_t blocks)
-{
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-                 "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
-                 "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "h"(blocks)
-                 : "memory");
-}
-
-static __device__ inline void moe_tensor_load_5d_all(uint32_t to, const CUtensorMap *map, int c0, int c1, int c2,
-                                                     int c3, int c4, uint32_t barrier, uint16_t blocks)
-{
-    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-                 "[%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(to),
-                 "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier), "h"(blocks)
-                 : "memory");
-}
-
-// ---- Between blocks, through global memory ----
+// ---- Between blocks ----
 
 static __device__ inline int32_t moe_load_acquire(const int32_t *p)
 {

@@ -18,40 +18,25 @@ constexpr bool moe_built_for_90()
     return false;
 }
 
-// kernel<<<grid, block, shared, stream>>>(args...) in clusters of `cluster` blocks (compute capability 9.0 if more than
-// one). `dependent` (the device is of compute capability 9.0): the kernel may start before the one ahead of it in the
-// stream has finished, and must call moe_grid_wait() (ptx.cuh). moe_launched() tells how it went.
+// kernel<<<grid, block, shared, stream>>>(args...). `dependent` (the device is of compute capability 9.0): the kernel
+// may start before the one ahead of it in the stream has finished, and must call moe_grid_wait() (ptx.cuh).
+// moe_launched() tells how it went.
 template <typename... Params, typename... Args>
-void moe_launch_clusters(unsigned cluster, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared,
-                         void *stream, bool dependent, const Args &...args)
+void moe_launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, void *stream, bool dependent,
+                const Args &...args)
 {
-    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = (cudaStream_t)stream;
-    config.attrs = attributes;
-    if (cluster > 1) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attributes[config.numAttrs].val.clusterDim.x = cluster;
-        attributes[config.numAttrs].val.clusterDim.y = 1;
-        attributes[config.numAttrs].val.clusterDim.z = 1;
-        config.numAttrs++;
-    }
-    if (dependent && moe_built_for_90()) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
-        config.numAttrs++;
-    }
+    config.attrs = &attribute;
+    config.numAttrs = dependent && moe_built_for_90() ? 1 : 0;
     cudaLaunchKernelEx(&config, kernel, Params(args)...);
-}
-
-template <typename... Params, typename... Args>
-void moe_launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, void *stream, bool dependent,
-                const Args &...args)
-{
-    moe_launch_clusters(1, kernel, grid, block, shared, stream, dependent, args...);
 }
 
 // After a launch. Reading the error also clears it, so that one failed call does not poison the next.

@@ -27,12 +27,21 @@ static __device__ inline void moe_grid_launch_dependents()
 #endif
 }
 
+static __device__ inline uint32_t moe_shared(const void *p)
+{
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
 // Starts a copy of 16 bytes to shared memory. Only the first `bytes` (0 to 16) are read, the rest becomes zero.
+static __device__ inline void moe_cp_async_to(uint32_t shared, const void *global, int bytes)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
+// The same by a pointer.
 static __device__ inline void moe_cp_async(void *shared, const void *global, int bytes)
 {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
-                 "l"(global), "r"(bytes)
-                 : "memory");
+    moe_cp_async_to(moe_shared(shared), global, bytes);
 }
 
 // Closes the group of this thread's copies since the last commit; a group may be empty.
@@ -47,14 +56,64 @@ template <int N> __device__ inline void moe_cp_async_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements. Lane 8i + r gives the address of row r of matrix i; of each matrix, lane l gets
-// elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
-static __device__ inline void moe_ldmatrix(uint32_t (&r)[4], const void *shared)
+// ---- Barriers (mbarrier): a phase ends when all arrivals are in ----
+
+static __device__ inline void moe_barrier_init(uint32_t barrier, uint32_t arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+static __device__ inline void moe_barrier_arrive(uint32_t barrier)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives when all cp.async of this thread so far are complete; one of the arrivals of the init.
+static __device__ inline void moe_barrier_arrive_cp_async(uint32_t barrier)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Waits for the end of the phase of this parity (0, 1, 0, ...). A fresh barrier counts as having ended parity 1.
+static __device__ inline void moe_barrier_wait(uint32_t barrier, uint32_t parity)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900 // cannot sleep until the phase ends
+    uint32_t done = 0;
+    while (!done)
+        asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+#else
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@done bra.uni end;\n"
+                 "bra.uni again;\n"
+                 "end:\n"
+                 "}" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+#endif
+}
+
+// ---- Matrices ----
+
+// Four 8x8 matrices of 16-bit elements in shared memory, named by its 32-bit address. Lane 8i + r gives the address of
+// row r of matrix i; of each matrix, lane l gets elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
+static __device__ inline void moe_ldmatrix_at(uint32_t (&r)[4], uint32_t shared)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(shared))
+                 : "r"(shared)
                  : "memory");
+}
+
+// The same by a pointer.
+static __device__ inline void moe_ldmatrix(uint32_t (&r)[4], const void *shared)
+{
+    moe_ldmatrix_at(r, moe_shared(shared));
 }
 
 // d[16][8] += a[16][16] . b[8][16]^T, in fp32. Lane l holds of a: rows l / 4 and l / 4 + 8, columns 2 (l % 4) + {0, 1}

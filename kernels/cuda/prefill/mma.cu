@@ -4,7 +4,6 @@
 // into a ring of stages of 64 columns. The other warps multiply, and when a tile is complete they apply the activation
 // and store from their registers. Barriers in shared memory count what is there and what has been read: nothing stops
 // the whole block, so while one warp stores, the others multiply, and the next tile's operands are on their way.
-#include "kernels/cuda/common/hopper.cuh"
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/walk.cuh"
 #include "kernels/cuda/prefill/mma.cuh"
@@ -76,20 +75,6 @@ template <class Shape> struct place {
         return (1 - Shape::STAGES) * Shape::STAGE_BYTES;
     }
 };
-
-__device__ inline void wait(uint32_t barrier, uint32_t parity)
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900 // cannot sleep until the barrier's phase ends
-    uint32_t done = 0;
-    while (!done)
-        asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(barrier), "r"(parity)
-                     : "memory");
-#else
-    moe_barrier_wait(barrier, parity);
-#endif
-}
 
 // Has v in registers from here on. The compiler would rather work out such values again at each use.
 __device__ inline void keep(uint32_t &v)
@@ -244,14 +229,14 @@ template <class Shape, bool GATED> __device__ void fetch(const gemm &g, char *sh
                         (int32_t)(column * WIDTH)};
         copies.tile(walk.group, n);
         for (int stage = 0; stage < g.stages; stage++) {
-            wait(at.empty(), at.parity ^ 1);
+            moe_barrier_wait(at.empty(), at.parity ^ 1);
             if (stage == 0 && first_lane)
                 notes[tiles % TILES] = n;
             copies.start(to, stage);
             done();
         }
     }
-    wait(at.empty(), at.parity ^ 1);
+    moe_barrier_wait(at.empty(), at.parity ^ 1);
     if (first_lane)
         notes[tiles % TILES].rows = 0;
     done();
@@ -307,11 +292,11 @@ template <class Shape, bool GATED> __device__ void multiply(const gemm &g, const
         const int bytes = at.next();
         tokens += bytes;
         weights += bytes;
-        wait(at.full, at.parity);
+        moe_barrier_wait(at.full, at.parity);
     };
 
     Part part;
-    wait(at.full, at.parity);
+    moe_barrier_wait(at.full, at.parity);
     for (int tile = 0;; tile++) {
         const int rows = notes[tile % TILES].rows;
         if (rows == 0)

@@ -13,27 +13,6 @@
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/packed.h"
 
-// moe_ldmatrix by the 32-bit address.
-static __device__ inline void moe_ldmatrix_at(uint32_t (&r)[4], uint32_t shared)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared)
-                 : "memory");
-}
-
-static __device__ inline uint32_t moe_pair(float x, float y, __nv_bfloat16)
-{
-    const __nv_bfloat162 v = __floats2bfloat162_rn(x, y);
-    return *reinterpret_cast<const uint32_t *>(&v);
-}
-
-static __device__ inline uint32_t moe_pair(float x, float y, __half)
-{
-    const __half2 v = __floats2half2_rn(x, y);
-    return *reinterpret_cast<const uint32_t *>(&v);
-}
-
 // Lanes 4q to 4q + 3 exchange so that lane 4q + i ends up with element i of each of them, in the order of the lanes.
 static __device__ inline uint4 moe_transpose_quad(int lane, uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3)
 {

@@ -3,17 +3,17 @@
 // group have, and writes its share of the list.
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/ptx.cuh"
-#include "kernels/cuda/prefill/prefill.cuh"
+#include "kernels/cuda/prefill/schedule.cuh"
 
 namespace
 {
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
-constexpr int THREADS = 1024;
+constexpr int THREADS = 512;
 
-// Items that follow each other run at the same time, so they should share what they read: in a group, bands of up to
-// this many token tiles go through all weights together, the tiles of one weight band following each other.
-constexpr int SUPER = 16;
+// Items that follow each other run at the same time, so they should share what they read: in a group, up to this many
+// tiles of tokens go through all weights together, the tiles of one band of weights following each other.
+constexpr int PART = 16;
 
 // Rows of a group are cut into as few tiles as can be, of nearly the same size. They begin at multiples of 16 rows of
 // the group, because that is the step in which the kernel's products grow.
@@ -29,19 +29,32 @@ __device__ inline int first_row(int count, int tiles, int tile)
     return row < count ? row : count;
 }
 
+// The last group with first_tile[g] <= tile: the others of them have no tiles.
+__device__ inline int group_of_tile(const int32_t *first_tile, int groups, int32_t tile)
+{
+    int g = 0, end = groups;
+    while (end - g > 1) {
+        const int middle = (g + end) / 2;
+        if (first_tile[middle] <= tile)
+            g = middle;
+        else
+            end = middle;
+    }
+    return g;
+}
+
 __global__ void __launch_bounds__(THREADS) schedule_kernel(const moe_schedule_args args)
 {
     extern __shared__ int32_t first_tile[]; // [groups + 1]
     __shared__ int32_t warp_sums[THREADS / 32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int most = args.cluster * args.nmax; // rows of an item
 
     moe_grid_launch_dependents();
     moe_grid_wait();
     int32_t before = 0;
     for (int g0 = 0; g0 < args.groups; g0 += THREADS) {
         const int g = g0 + threadIdx.x;
-        const int32_t own = g < args.groups ? tiles_of(args.offsets[g + 1] - args.offsets[g], most) : 0;
+        const int32_t own = g < args.groups ? tiles_of(args.offsets[g + 1] - args.offsets[g], args.nmax) : 0;
         int32_t sum = own;
         for (int d = 1; d < 32; d *= 2) {
             const int32_t v = __shfl_up_sync(ALL_LANES, sum, d);
@@ -80,35 +93,18 @@ __global__ void __launch_bounds__(THREADS) schedule_kernel(const moe_schedule_ar
         const bool gemm2 = i >= items1;
         const int32_t bands = gemm2 ? args.bands2 : args.bands1;
         const int64_t at = gemm2 ? i - items1 : i;
-        const int32_t tile = (int32_t)(at / bands); // not the item's, but of the same group
-        int g = 0, end = args.groups;               // the last group with first_tile[g] <= tile
-        while (end - g > 1) {
-            const int middle = (g + end) / 2;
-            if (first_tile[middle] <= tile)
-                g = middle;
-            else
-                end = middle;
-        }
-        const int32_t count = args.offsets[g + 1] - args.offsets[g];
-        const int32_t own = tiles_of(count, most);
+        const int g = group_of_tile(first_tile, args.groups, (int32_t)(at / bands));
+        const int32_t count = args.offsets[g + 1] - args.offsets[g], own = first_tile[g + 1] - first_tile[g];
         const int64_t in_group = at - (int64_t)first_tile[g] * bands;
-        const int32_t s = (int32_t)(in_group / ((int64_t)SUPER * bands));
-        const int32_t height = own - s * SUPER < SUPER ? own - s * SUPER : SUPER;
-        const int32_t in_super = (int32_t)(in_group - (int64_t)s * SUPER * bands);
-        const int32_t mine = s * SUPER + in_super % height, band = in_super / height;
-        const int parts = own * args.cluster, part = mine * args.cluster;
+        const int32_t part = (int32_t)(in_group / ((int64_t)PART * bands)) * PART; // tiles of earlier parts
+        const int32_t in_part = (int32_t)(in_group - (int64_t)part * bands);
+        const int32_t height = min(PART, own - part);
+        const int32_t mine = part + in_part % height, band = in_part / height;
+
+        const int32_t row = first_row(count, own, mine);
         moe_item item;
-        int row = first_row(count, parts, part);
         item.row = args.offsets[g] + row;
-        for (int p = 0; p < 2; p++) {
-            const int next = p < args.cluster ? first_row(count, parts, part + p + 1) : row;
-            item.rows[p] = (int16_t)(next - row);
-            row = next;
-        }
-        if (item.rows[0] == 0) {
-            item.rows[0] = item.rows[1];
-            item.rows[1] = 0;
-        }
+        item.rows = first_row(count, own, mine + 1) - row;
         item.tile = first_tile[g] + mine;
         item.weights = (uint32_t)band << MOE_ITEM_BAND_SHIFT | (gemm2 ? MOE_ITEM_GEMM2 : 0) | (uint32_t)g;
         args.items[i] = item;

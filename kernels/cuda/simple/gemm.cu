@@ -9,13 +9,12 @@
 #include <type_traits>
 
 #include "kernels/cuda/common/launch.cuh"
+#include "kernels/cuda/common/walk.cuh"
 #include "kernels/cuda/simple/tile.cuh"
 #include "kernels/kernels.h"
 
 namespace
 {
-
-constexpr unsigned ALL_LANES = 0xffffffffu;
 
 struct gemm {
     const void *a;          // [..., k]
@@ -25,54 +24,6 @@ struct gemm {
     const int32_t *offsets; // [groups + 1]
     int32_t groups, n, k;
 };
-
-// ---- Tiles: which group, which rows, which columns ----
-
-// Tiles are numbered group after group, and a block's numbers rise, so that it looks for the group from where it was.
-struct tile_walk {
-    int32_t group = 0;
-    int64_t before = 0; // tiles of the groups before `group`
-};
-
-// Moves the walk to the group that holds tile number `tile`; false: there are no more tiles. Called by whole warps,
-// each for itself: 32 groups a step.
-template <int BM> __device__ bool find_group(const gemm &g, int64_t columns, int64_t tile, tile_walk &walk)
-{
-    const int lane = threadIdx.x % 32;
-
-    while (walk.group < g.groups) {
-        const int32_t group = walk.group + lane;
-        const int64_t count = group < g.groups ? g.offsets[group + 1] - g.offsets[group] : 0;
-        const int64_t own = (count + BM - 1) / BM * columns;
-        int64_t sum = own;
-        for (int d = 1; d < 32; d *= 2) {
-            const int64_t v = __shfl_up_sync(ALL_LANES, sum, d);
-            if (lane >= d)
-                sum += v;
-        }
-        const unsigned past = __ballot_sync(ALL_LANES, walk.before + sum > tile);
-        const int last = past ? __ffs(past) - 1 : 31;
-        walk.before += __shfl_sync(ALL_LANES, past ? sum - own : sum, last);
-        if (past) {
-            walk.group += last;
-            return true;
-        }
-        walk.group += 32;
-    }
-    return false;
-}
-
-// Blocks that run at the same time should share weights and rows in L2: bands of 16 row tiles, in a band all columns,
-// the row tiles of a column following each other.
-__device__ inline void place_tile(int64_t index, int64_t row_tiles, int64_t columns, int64_t *row_tile, int64_t *column)
-{
-    constexpr int64_t BAND = 16;
-    const int64_t band = index / (BAND * columns);
-    const int64_t left = row_tiles - band * BAND, height = left < BAND ? left : BAND;
-    index -= band * BAND * columns;
-    *row_tile = band * BAND + index % height;
-    *column = index / height;
-}
 
 // ---- Loading ----
 
@@ -125,11 +76,11 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) gemm_kernel(const
     constexpr int COLUMN_STRIDE = GATED ? STRIDE / 2 : STRIDE;
     const int64_t my_b = ((GATED && Tile::pair_is_up(my_row) ? (int64_t)g.n : 0) + my_column) * g.k;
 
-    tile_walk walk;
-    for (int64_t tile = blockIdx.x; find_group<BM>(g, columns, tile, walk); tile += gridDim.x) {
+    moe_tile_walk walk;
+    for (int64_t tile = blockIdx.x; moe_find_group(g.offsets, g.groups, BM, columns, tile, walk); tile += gridDim.x) {
         const int64_t first = g.offsets[walk.group], count = g.offsets[walk.group + 1] - first;
         int64_t row_tile, column;
-        place_tile(tile - walk.before, (count + BM - 1) / BM, columns, &row_tile, &column);
+        moe_place_tile(tile - walk.before, (count + BM - 1) / BM, columns, &row_tile, &column);
         const int64_t r0 = first + row_tile * BM;
         const int rows = (int)(count - row_tile * BM < BM ? count - row_tile * BM : BM);
         const int n0 = (int)(column * COLS);

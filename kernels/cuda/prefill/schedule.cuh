@@ -2,20 +2,19 @@
 // The prefill path's FFN as its parts see it: a plan of the rows, cut into items of work (schedule.cu), which
 // persistent blocks take in order (ffn.cuh). An item is one band of 128 weight rows times one tile of up to NMAX tokens
 // of the same group, over the whole of K, in GEMM 1 or in GEMM 2.
-#ifndef MOE_KERNELS_CUDA_PREFILL_PREFILL_CUH
-#define MOE_KERNELS_CUDA_PREFILL_PREFILL_CUH
+#ifndef MOE_KERNELS_CUDA_PREFILL_SCHEDULE_CUH
+#define MOE_KERNELS_CUDA_PREFILL_SCHEDULE_CUH
 
 #include <cuda.h>
 
 #include "kernels/kernels.h"
 #include "kernels/packed.h"
 
-// What the blocks of a cluster do together: one band of weights times as many tiles of tokens as there are blocks. They
-// follow each other in the plan.
+// Read as one int4.
 struct alignas(16) moe_item {
     int32_t row;      // the first of its rows in the plan
-    int16_t rows[2];  // of each block's tile; the second may be 0, the first is not
-    int32_t tile;     // number of its row of tiles
+    int32_t rows;     // 1 to NMAX; 0: there are no more items
+    int32_t tile;     // number of its tile of tokens
     uint32_t weights; // band, GEMM 1 or 2, group
 };
 
@@ -37,11 +36,10 @@ struct moe_schedule_args {
     const int32_t *offsets; // [groups + 1]
     int32_t groups;
     int32_t bands1, bands2; // of w13 and w2
-    int32_t cluster;        // blocks, and so tiles of tokens, to an item: 1 or 2
     int32_t nmax;           // tokens of a tile at most
     moe_schedule *schedule;
-    int32_t *finished; // [tiles]: how much of GEMM 1 is done of each row of tiles
-    int64_t max_tiles; // rows of tiles
+    int32_t *finished; // [tiles]: how much of GEMM 1 is done of each tile of tokens
+    int64_t max_tiles;
     moe_item *items;
 };
 

@@ -15,21 +15,22 @@
 //
 // Items are taken from one counter in the order of the list. Those of GEMM 2 come after all those of GEMM 1 whose
 // results they read, so that what an item waits for is always done or being done, on however few blocks the grid runs.
-#ifndef MOE_KERNELS_CUDA_PREFILL_FFN_CUH
-#define MOE_KERNELS_CUDA_PREFILL_FFN_CUH
+#ifndef MOE_KERNELS_CUDA_PREFILL_WGMMA_KERNEL_CUH
+#define MOE_KERNELS_CUDA_PREFILL_WGMMA_KERNEL_CUH
 
+#include "kernels/cuda/common/activation.cuh"
 #include "kernels/cuda/common/dtype.cuh"
 #include "kernels/cuda/common/hopper.cuh"
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/ptx.cuh"
-#include "kernels/cuda/prefill/prefill.cuh"
+#include "kernels/cuda/prefill/schedule.cuh"
 
 namespace
 {
 
 struct ffn_args {
     CUtensorMap act_64, act_16;    // act [R][I] in boxes of 64 and of 16 rows
-    CUtensorMap down_32;           // down [R][H] in boxes of 32 rows
+    CUtensorMap down_64, down_16;  // down [R][H]
     CUtensorMap w13_rows, w2_rows; // row-major weights, in the order of the packed layout
     const void *x;                 // [T][H]
     const int32_t *row_token;      // [R]
@@ -50,22 +51,23 @@ constexpr int WEIGHT_BYTES = MULTIPLIERS * TILE_BYTES; // in a stage
 constexpr int M_BLOCKS = 2;                            // of 64 weight rows, to a warpgroup
 constexpr int SLOTS = 2;                               // items known in advance
 
-// The finished tile goes out by slices of tokens. Of GEMM 1 a warpgroup has 64 features of a token, of GEMM 2 128.
-constexpr int SLICE1 = 64, SLICE2 = 32;
-constexpr int SLICE_BYTES = SLICE1 * ROW_BYTES;
+// NMAX tokens to a tile, STAGES in the ring.
+template <int NMAX_, int STAGES_> struct ffn_shape {
+    static constexpr int NMAX = NMAX_, STAGES = STAGES_;
 
-// NMAX tokens to a tile, CLUSTER blocks, STAGES in the ring, SLICES of the finished tile at once on their way out.
-template <int NMAX_, int CLUSTER_, int STAGES_, int SLICES_> struct ffn_shape {
-    static constexpr int NMAX = NMAX_, CLUSTER = CLUSTER_, STAGES = STAGES_, SLICES = SLICES_;
+    // The finished tile in shared memory: pieces of 64 features of all tokens, one to a warpgroup of GEMM 1, two of
+    // GEMM 2.
+    static constexpr int PIECE = NMAX * ROW_BYTES;
+    static constexpr int STAGE = WEIGHT_BYTES + NMAX * ROW_BYTES;
+    static constexpr int BORROWED1 = 1, BORROWED2 = 2 * MULTIPLIERS * PIECE <= STAGE ? 1 : 2; // stages
+    static_assert(MULTIPLIERS * PIECE <= STAGE && BORROWED2 <= MULTIPLIERS);
 
     // Shared memory.
-    static constexpr int STAGE = WEIGHT_BYTES + NMAX * ROW_BYTES;
-    static constexpr int OUT = STAGES * STAGE, OUT_BYTES = SLICES * SLICE_BYTES; // of each multiplying warpgroup
-    static constexpr int FULL = OUT + MULTIPLIERS * OUT_BYTES, EMPTY = FULL + STAGES * 8;
+    static constexpr int FULL = STAGES * STAGE, EMPTY = FULL + STAGES * 8;
     static constexpr int SLOT_FULL = EMPTY + STAGES * 8, SLOT_EMPTY = SLOT_FULL + SLOTS * 8;
     static constexpr int ITEMS = (SLOT_EMPTY + SLOTS * 8 + 15) / 16 * 16;
     static constexpr int BYTES = ITEMS + SLOTS * sizeof(moe_item);
-    static_assert(STAGE % 1024 == 0 && NMAX % 64 == 0 && SLICES >= 2);
+    static_assert(STAGE % 1024 == 0 && NMAX % 64 == 0 && STAGES >= BORROWED2 + 2);
     static_assert(BYTES <= 227 * 1024, "a block of compute capability 9.0 has no more shared memory");
 };
 
@@ -81,16 +83,6 @@ template <int N> struct ring_place {
     }
 };
 
-// Arrives at a barrier of block `rank` of the cluster. A block that is alone is no cluster to these instructions.
-template <int CLUSTER> __device__ __forceinline__ void arrive_at(uint32_t barrier, uint32_t rank)
-{
-    if constexpr (CLUSTER == 1)
-        moe_barrier_arrive(barrier);
-    else
-        moe_cluster_arrive(moe_shared_of(barrier, rank));
-}
-
-// A block's part of an item.
 struct ffn_work {
     int row, rows, tile, group, band;
     bool gemm2;
@@ -98,27 +90,26 @@ struct ffn_work {
 
 // Where both kinds of warpgroups read what is next.
 template <class Shape> struct item_reader {
-    const uint32_t shared, rank;
+    const uint32_t shared;
     ring_place<SLOTS> slot;
 
     // False: there is nothing left. Called by whole warps.
     __device__ __forceinline__ bool next(ffn_work &work)
     {
         moe_barrier_wait(shared + Shape::SLOT_FULL + slot.at * 8, slot.parity);
-        const int4 *slots = reinterpret_cast<const int4 *>(__cvta_shared_to_generic(shared + Shape::ITEMS));
-        const int4 v = slots[slot.at];
+        const int4 v = reinterpret_cast<const int4 *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[slot.at];
         __syncwarp();
         if (threadIdx.x % 32 == 0)
-            arrive_at<Shape::CLUSTER>(shared + Shape::SLOT_EMPTY + slot.at * 8, 0);
+            moe_barrier_arrive(shared + Shape::SLOT_EMPTY + slot.at * 8);
         slot.next();
-        const int first = v.y & 0xffff, second = v.y >> 16;
-        work.row = v.x + (rank ? first : 0);
-        work.rows = rank ? second : first;
+        const uint32_t weights = v.w;
+        work.row = v.x;
+        work.rows = v.y;
         work.tile = v.z;
-        work.group = v.w & (MOE_ITEM_GROUPS - 1);
-        work.band = (uint32_t)v.w >> MOE_ITEM_BAND_SHIFT;
-        work.gemm2 = v.w & MOE_ITEM_GEMM2;
-        return first > 0;
+        work.group = weights & (MOE_ITEM_GROUPS - 1);
+        work.band = weights >> MOE_ITEM_BAND_SHIFT;
+        work.gemm2 = weights & MOE_ITEM_GEMM2;
+        return work.rows > 0;
     }
 };
 
@@ -153,38 +144,28 @@ struct weight_source {
         }
     }
 
-    // Tile m of a block of columns, to all blocks of the cluster.
-    template <int CLUSTER> __device__ __forceinline__ void load(int m, uint32_t to, int block, uint32_t barrier) const
+    // The tiles of a block of columns.
+    __device__ __forceinline__ void load(uint32_t to, int block, uint32_t barrier) const
     {
-        constexpr uint16_t all = (1 << CLUSTER) - 1;
-        const int first = row + m * MOE_PACKED_ROWS;
-        to += m * TILE_BYTES;
-        const uint32_t own = m == 0 ? bytes[0] : bytes[1];
-        if (own == 0)
-            return;
-        if (packed != NULL) {
-            const char *from = packed + m * next_tile + (int64_t)block * own;
-            if constexpr (CLUSTER == 1)
-                moe_bulk_load(to, from, own, barrier);
-            else
-                moe_bulk_load_all(to, from, own, barrier, all);
-        } else if (gemm2) {
-            if constexpr (CLUSTER == 1)
-                moe_tensor_load_3d(to, map, block * COLS, first, group, barrier);
-            else
-                moe_tensor_load_3d_all(to, map, block * COLS, first, group, barrier, all);
-        } else { // 8 rows, gate or up, eights of rows
-            if constexpr (CLUSTER == 1)
-                moe_tensor_load_5d(to, map, block * COLS, 0, 0, first / 16, group, barrier);
-            else
-                moe_tensor_load_5d_all(to, map, block * COLS, 0, 0, first / 16, group, barrier, all);
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+            const int first = row + m * MOE_PACKED_ROWS;
+            if (bytes[m] == 0)
+                continue;
+            if (packed != NULL)
+                moe_bulk_load(to + m * TILE_BYTES, packed + m * next_tile + (int64_t)block * bytes[m], bytes[m],
+                              barrier);
+            else if (gemm2)
+                moe_tensor_load_3d(to + m * TILE_BYTES, map, block * COLS, first, group, barrier);
+            else // 8 rows, gate or up, eights of rows
+                moe_tensor_load_5d(to + m * TILE_BYTES, map, block * COLS, 0, 0, first / 16, group, barrier);
         }
     }
 };
 
 template <typename T, class Shape> struct ffn_loader {
     const ffn_args &args;
-    const uint32_t shared, rank;
+    const uint32_t shared;
     ring_place<Shape::STAGES> stage;
 
     __device__ uint32_t full() const
@@ -202,16 +183,22 @@ template <typename T, class Shape> struct ffn_loader {
         moe_barrier_wait(shared + Shape::EMPTY + stage.at * 8, stage.parity ^ 1);
     }
 
-    // By one thread: the stage's weights, in a cluster one tile by each block; and word of `token_bytes` to come.
+    // By one thread: the stage's weights, and word of `token_bytes` to come.
     __device__ __forceinline__ void load_weights(const weight_source &source, int block, uint32_t token_bytes) const
     {
-        const uint32_t to = shared + stage.at * Shape::STAGE;
         moe_barrier_expect(full(), source.bytes[0] + source.bytes[1] + token_bytes);
-        if constexpr (Shape::CLUSTER == 1) {
-            source.template load<1>(0, to, block, full());
-            source.template load<1>(1, to, block, full());
-        } else {
-            source.template load<2>(rank, to, block, full());
+        source.load(shared + stage.at * Shape::STAGE, block, full());
+    }
+
+    // Stages that the multiplying warpgroups may write to.
+    __device__ __forceinline__ void lend(int stages)
+    {
+        for (int i = 0; i < stages; i++) {
+            wait_empty();
+            if (threadIdx.x == 0)
+                moe_barrier_arrive(full());
+            moe_barrier_arrive(full());
+            stage.next();
         }
     }
 
@@ -255,7 +242,7 @@ template <typename T, class Shape> struct ffn_loader {
         const weight_source source(args, work);
         const int steps = (work.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP;
         if (threadIdx.x == 0) {
-            const int32_t all = Shape::CLUSTER * MULTIPLIERS * args.bands1;
+            const int32_t all = MULTIPLIERS * args.bands1;
             while (moe_load_acquire(args.finished + work.tile) < all)
                 ;
             moe_fence_async(); // what other blocks stored comes before the tensor copies
@@ -276,40 +263,24 @@ template <typename T, class Shape> struct ffn_loader {
         }
     }
 
-    // The next item, to all blocks of the cluster, by one thread of its first block. `next` is its number.
-    __device__ __forceinline__ void hand_out(const ring_place<SLOTS> &slot, int32_t items, int32_t &next) const
-    {
-        int4 item = {};
-        if (next < items) {
-            item = *reinterpret_cast<const int4 *>(args.items + next);
-            next = atomicAdd(&args.schedule->taken, 1); // arrives while the item is loaded
-        }
-        const uint32_t place = shared + Shape::ITEMS + slot.at * sizeof(moe_item);
-        const uint32_t full = shared + Shape::SLOT_FULL + slot.at * 8;
-        moe_barrier_wait(shared + Shape::SLOT_EMPTY + slot.at * 8, slot.parity ^ 1);
-        if constexpr (Shape::CLUSTER == 1) {
-            *reinterpret_cast<int4 *>(__cvta_shared_to_generic(place)) = item;
-            moe_barrier_arrive(full);
-        } else {
-#pragma unroll
-            for (int r = 0; r < Shape::CLUSTER; r++)
-                moe_cluster_store(moe_shared_of(place, r), item, moe_shared_of(full, r));
-        }
-    }
-
     __device__ __forceinline__ void run()
     {
-        item_reader<Shape> reader{shared, rank};
+        item_reader<Shape> reader{shared};
         const bool first = threadIdx.x == 0;
         const int32_t items = args.schedule->items;
-        int32_t next = first && rank == 0 ? atomicAdd(&args.schedule->taken, 1) : 0;
+        int32_t next = first ? atomicAdd(&args.schedule->taken, 1) : 0;
         ffn_work work;
         for (;;) {
             if (first) {
-                if constexpr (Shape::CLUSTER > 1)
-                    moe_barrier_expect(shared + Shape::SLOT_FULL + reader.slot.at * 8, sizeof(moe_item));
-                if (rank == 0)
-                    hand_out(reader.slot, items, next);
+                const uint32_t at = reader.slot.at;
+                int4 item = {};
+                if (next < items) {
+                    item = *reinterpret_cast<const int4 *>(args.items + next);
+                    next = atomicAdd(&args.schedule->taken, 1); // arrives while the item is loaded
+                }
+                moe_barrier_wait(shared + Shape::SLOT_EMPTY + at * 8, reader.slot.parity ^ 1);
+                reinterpret_cast<int4 *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[at] = item;
+                moe_barrier_arrive(shared + Shape::SLOT_FULL + at * 8);
             }
             if (!reader.next(work))
                 return;
@@ -317,53 +288,58 @@ template <typename T, class Shape> struct ffn_loader {
                 stream(work);
             else
                 gather(work);
+            lend(work.gemm2 ? Shape::BORROWED2 : Shape::BORROWED1);
         }
     }
 };
 
 // ---- Multiplying ----
 
-__device__ inline uint32_t pack2(float a, float b, __nv_bfloat16)
-{
-    const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-    return *reinterpret_cast<const uint32_t *>(&v);
-}
-
-__device__ inline uint32_t pack2(float a, float b, __half)
-{
-    const __half2 v = __floats2half2_rn(a, b);
-    return *reinterpret_cast<const uint32_t *>(&v);
-}
-
-// silu(gate) * up of two features, with one division for both; exponentials and division are good to two units in the
-// last place of fp32, and the result is rounded to 16 bits. The product of the divisors must not overflow: below -40
-// silu is smaller than any 16-bit number beside its up.
+// silu(gate) * up of two features, with one division for both where their divisors' product allows; exponentials and
+// division are good to two units in the last place of fp32, and the result is rounded to 16 bits.
 template <typename T> __device__ inline uint32_t gated(const float *gate, const float *up)
 {
-    const float a = 1.0f + __expf(fminf(-gate[0], 40.0f)), b = 1.0f + __expf(fminf(-gate[1], 40.0f));
-    const float inverse = __fdividef(1.0f, a * b);
-    return pack2(gate[0] * up[0] * (b * inverse), gate[1] * up[1] * (a * inverse), T());
+    const float a = 1.0f + __expf(-gate[0]), b = 1.0f + __expf(-gate[1]), both = a * b;
+    if (both < 1e37f) {
+        const float inverse = __fdividef(1.0f, both);
+        return moe_pair(gate[0] * up[0] * (b * inverse), gate[1] * up[1] * (a * inverse), T());
+    }
+    return moe_pair(moe_silu_fast(gate[0]) * up[0], moe_silu_fast(gate[1]) * up[1], T());
 }
 
 template <typename T, class Shape> struct ffn_multiplier {
     const ffn_args &args;
-    const uint32_t shared, rank;
+    const uint32_t shared;
     const int half, thread; // which warpgroup of the two, and which thread in it
     ring_place<Shape::STAGES> stage;
-    int slice = 0;      // the next place for a slice
-    int unsettled = -1; // the tile of a GEMM 1 item whose results are still on their way out
+    int borrowed = -1;  // the stage that the last tile is leaving from
+    int unsettled = -1; // the tile of a GEMM 1 item whose results may not be in memory yet
     float d[M_BLOCKS][Shape::NMAX / 2];
 
-    __device__ ffn_multiplier(const ffn_args &a, uint32_t s, uint32_t r)
-        : args(a), shared(s), rank(r), half(threadIdx.x / WARPGROUP - 1), thread(threadIdx.x % WARPGROUP)
+    __device__ ffn_multiplier(const ffn_args &a, uint32_t s)
+        : args(a), shared(s), half(threadIdx.x / WARPGROUP - 1), thread(threadIdx.x % WARPGROUP)
     {
     }
 
-    // To each block of the cluster, since each of them loads into all.
+    __device__ void wait_full() const
+    {
+        moe_barrier_wait(shared + Shape::FULL + stage.at * 8, stage.parity);
+    }
+
     __device__ void release(uint32_t at) const
     {
-        if (thread % 32 < Shape::CLUSTER)
-            arrive_at<Shape::CLUSTER>(shared + Shape::EMPTY + at * 8, thread % 32);
+        if (thread % 32 == 0)
+            moe_barrier_arrive(shared + Shape::EMPTY + at * 8);
+    }
+
+    // Gives the borrowed stage back when the tile has left it: one thread, who started the copies, for all warps.
+    __device__ __forceinline__ void give_back()
+    {
+        if (thread == 0) {
+            moe_store_wait_read();
+            moe_barrier_arrive_as(shared + Shape::EMPTY + borrowed * 8, WARPGROUP / 32);
+        }
+        borrowed = -1;
     }
 
     // Lets GEMM 2 have a tile's results when they are in memory.
@@ -377,14 +353,15 @@ template <typename T, class Shape> struct ffn_multiplier {
         unsettled = -1;
     }
 
-    // d = weights . tokens^T over `blocks` stages. The products of a stage run while the next one's are issued.
+    // d = weights . tokens^T over `blocks` stages. The products of a stage run while the next one's are issued. What is
+    // left of the last tile is seen to while they run.
     template <int N> __device__ __forceinline__ void multiply(int blocks)
     {
         uint32_t before = 0;
         for (int block = 0; block < blocks; block++) {
             const uint32_t base = shared + stage.at * Shape::STAGE;
             const uint64_t a = moe_wgmma_matrix(base + half * TILE_BYTES), b = moe_wgmma_matrix(base + WEIGHT_BYTES);
-            moe_barrier_wait(shared + Shape::FULL + stage.at * 8, stage.parity);
+            wait_full();
             moe_wgmma_fence();
 #pragma unroll
             for (int k = 0; k < COLS / 16; k++)
@@ -396,30 +373,30 @@ template <typename T, class Shape> struct ffn_multiplier {
             if (block > 0) {
                 moe_wgmma_wait<1>();
                 release(before);
-            } else if (unsettled >= 0) {
-                settle();
+                if (block == 2 && unsettled >= 0)
+                    settle();
+            } else if (borrowed >= 0) {
+                give_back();
             }
             before = stage.at;
             stage.next();
         }
         moe_wgmma_wait<0>();
         release(before);
+        if (unsettled >= 0)
+            settle();
     }
 
-    // With the number of tokens, in steps, known to the compiler. No tokens: the stages are only passed on.
+    // With the number of tokens, in steps, known to the compiler.
     template <int N> __device__ __forceinline__ void multiply_any(int steps, int blocks)
     {
-        if (steps * MOE_ROW_STEP == N) {
-            multiply<N>(blocks);
-        } else if constexpr (N > MOE_ROW_STEP) {
-            multiply_any<N - MOE_ROW_STEP>(steps, blocks);
-        } else {
-            for (int block = 0; block < blocks; block++) {
-                moe_barrier_wait(shared + Shape::FULL + stage.at * 8, stage.parity);
-                release(stage.at);
-                stage.next();
+        if constexpr (N > MOE_ROW_STEP) {
+            if (steps * MOE_ROW_STEP < N) {
+                multiply_any<N - MOE_ROW_STEP>(steps, blocks);
+                return;
             }
         }
+        multiply<N>(blocks);
     }
 
     __device__ void sync() const
@@ -427,125 +404,116 @@ template <typename T, class Shape> struct ffn_multiplier {
         moe_named_sync(1 + half, WARPGROUP);
     }
 
-    __device__ uint32_t slice_place() const
+    // Borrows `stages` stages and returns where this warpgroup's pieces go: each has one of two stages or half of one.
+    __device__ __forceinline__ uint32_t borrow(int stages, int bytes)
     {
-        return shared + Shape::OUT + half * Shape::OUT_BYTES + slice * SLICE_BYTES;
+        uint32_t place = 0;
+        for (int i = 0; i < stages; i++) {
+            wait_full();
+            if (stages == 1 || i == half) {
+                borrowed = stage.at;
+                place = shared + stage.at * Shape::STAGE + (stages == 1 ? half * bytes : 0);
+            } else {
+                release(stage.at);
+            }
+            stage.next();
+        }
+        return place;
     }
 
-    // A slice that is whole goes out by tensor copies, in pieces of 64 columns; one that is not by the threads, so that
-    // no neighbour's rows are touched. The piece at `place` holds `piece` rows, swizzled.
+    // Rows go out in boxes of 64 and 16 by tensor copies; what is left by the threads, so that no neighbour's rows are
+    // touched.
     template <int PIECES>
-    __device__ __forceinline__ void send(const CUtensorMap *map, void *to, int64_t columns, int64_t column, int row,
-                                         int rows)
+    __device__ __forceinline__ void send(uint32_t place, const CUtensorMap *by_64, const CUtensorMap *by_16, void *to,
+                                         int64_t columns, int64_t column, int row, int rows)
     {
-        constexpr int ROWS = SLICE_BYTES / ROW_BYTES / PIECES;
-        const uint32_t place = slice_place();
-        moe_fence_async();
+        moe_fence_async_shared();
         sync();
-        if (rows >= ROWS) {
-            if (thread == 0) {
+        if (thread == 0) {
 #pragma unroll
-                for (int p = 0; p < PIECES; p++)
-                    moe_tensor_store_2d(map, place + p * ROWS * ROW_BYTES, (int)column + p * COLS, row);
-                moe_store_commit();
+            for (int p = 0; p < PIECES; p++) {
+                const int c = (int)column + p * COLS;
+                const uint32_t piece = place + p * Shape::PIECE;
+                int r = 0;
+                for (; r + 64 <= rows; r += 64)
+                    moe_tensor_store_2d(by_64, piece + r * ROW_BYTES, c, row + r);
+                for (; r + 16 <= rows; r += 16)
+                    moe_tensor_store_2d(by_16, piece + r * ROW_BYTES, c, row + r);
             }
-        } else {
-            for (int i = thread; i < rows * PIECES * 8; i += WARPGROUP) {
-                const int chunk = i % 8, p = i / 8 % PIECES, r = i / 8 / PIECES;
-                const int64_t c = column + p * COLS + chunk * 8;
-                const void *from =
-                    __cvta_shared_to_generic(place + (p * ROWS + r) * ROW_BYTES + ((chunk ^ (r & 7)) << 4));
-                if (c < columns)
-                    *reinterpret_cast<uint4 *>((T *)to + (row + r) * columns + c) =
-                        *reinterpret_cast<const uint4 *>(from);
-            }
+            moe_store_commit();
         }
-        // The place after the next one is free when all but the last SLICES - 2 are out of shared memory; the sync of
-        // the next slice says so to all.
-        if (thread == 0)
-            moe_store_wait_read<Shape::SLICES - 2>();
-        slice = slice + 1 == Shape::SLICES ? 0 : slice + 1;
+        const int whole = rows / 16 * 16;
+        if (whole == rows)
+            return;
+        for (int i = thread; i < (rows - whole) * PIECES * 8; i += WARPGROUP) {
+            const int chunk = i % 8, p = i / 8 % PIECES, r = whole + i / 8 / PIECES;
+            const int64_t c = column + p * COLS + chunk * 8;
+            const void *from =
+                __cvta_shared_to_generic(place + p * Shape::PIECE + r * ROW_BYTES + ((chunk ^ (r & 7)) << 4));
+            if (c < columns)
+                *reinterpret_cast<uint4 *>((T *)to + (row + r) * columns + c) = *reinterpret_cast<const uint4 *>(from);
+        }
+        moe_fence_async(); // GEMM 2 reads act by tensor copies
+        sync();            // before the first thread gives the stage back, and says that all is in memory
     }
 
     // GEMM 1: of each pair of eights of rows one is gate, one up.
     __device__ __forceinline__ void finish_gated(const ffn_work &work)
     {
         const int lane = thread % 32, warp = thread / 32;
-        const int64_t column = (int64_t)work.band * (MOE_BAND_ROWS / 2) + half * 64;
+        const uint32_t place = borrow(Shape::BORROWED1, Shape::PIECE);
 #pragma unroll
-        for (int s = 0; s < Shape::NMAX; s += SLICE1) {
-            if (s >= work.rows)
+        for (int q = 0; q < Shape::NMAX; q += 32) {
+            if (q >= work.rows)
                 break;
 #pragma unroll
-            for (int q = s; q < s + SLICE1; q += 32) {
-                if (q >= work.rows)
-                    break;
-                const int token = q - s + lane;
+            for (int m = 0; m < M_BLOCKS; m++) {
+                uint32_t v[4];
 #pragma unroll
-                for (int m = 0; m < M_BLOCKS; m++) {
-                    uint32_t v[4];
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        v[i] = gated<T>(d[m] + (q / 8 + i) * 4, d[m] + (q / 8 + i) * 4 + 2);
-                    moe_stmatrix_trans(slice_place() + token * ROW_BYTES + (((m * 4 + warp) ^ (lane & 7)) << 4), v[0],
-                                       v[1], v[2], v[3]);
-                }
+                for (int i = 0; i < 4; i++)
+                    v[i] = gated<T>(d[m] + (q / 8 + i) * 4, d[m] + (q / 8 + i) * 4 + 2);
+                moe_stmatrix_trans(place + (q + lane) * ROW_BYTES + (((m * 4 + warp) ^ (lane & 7)) << 4), v[0], v[1],
+                                   v[2], v[3]);
             }
-            send<1>(&args.act_64, args.act, args.intermediate, column, work.row + s, work.rows - s);
         }
-        if (work.rows % SLICE1 != 0) {
-            __threadfence(); // GEMM 2 reads act by tensor copies
-            moe_fence_async();
-            sync();
-        }
+        send<1>(place, &args.act_64, &args.act_16, args.act, args.intermediate,
+                (int64_t)work.band * (MOE_BAND_ROWS / 2) + half * 64, work.row, work.rows);
         unsettled = work.tile;
     }
 
     __device__ __forceinline__ void finish_down(const ffn_work &work)
     {
         const int lane = thread % 32, warp = thread / 32;
-        const int64_t column = (int64_t)work.band * MOE_BAND_ROWS + half * 128;
-        const int token = lane / 16 * 8 + lane % 8;
-        const uint32_t place = token * ROW_BYTES + (((warp * 2 + lane / 8 % 2) ^ (lane & 7)) << 4);
+        const uint32_t place = borrow(Shape::BORROWED2, 2 * Shape::PIECE);
+        const uint32_t to =
+            place + (lane / 16 * 8 + lane % 8) * ROW_BYTES + (((warp * 2 + lane / 8 % 2) ^ (lane & 7)) << 4);
 #pragma unroll
-        for (int s = 0; s < Shape::NMAX; s += SLICE2) {
-            if (s >= work.rows)
+        for (int q = 0; q < Shape::NMAX; q += MOE_ROW_STEP) {
+            if (q >= work.rows)
                 break;
 #pragma unroll
-            for (int q = s; q < s + SLICE2; q += MOE_ROW_STEP) {
-                if (q >= work.rows)
-                    break;
-#pragma unroll
-                for (int m = 0; m < M_BLOCKS; m++) {
-                    const float *e = d[m] + q / 8 * 4;
-                    moe_stmatrix_trans(slice_place() + (m * SLICE2 + q - s) * ROW_BYTES + place, pack2(e[0], e[1], T()),
-                                       pack2(e[2], e[3], T()), pack2(e[4], e[5], T()), pack2(e[6], e[7], T()));
-                }
+            for (int m = 0; m < M_BLOCKS; m++) {
+                const float *e = d[m] + q / 8 * 4;
+                moe_stmatrix_trans(to + m * Shape::PIECE + q * ROW_BYTES, moe_pair(e[0], e[1], T()),
+                                   moe_pair(e[2], e[3], T()), moe_pair(e[4], e[5], T()), moe_pair(e[6], e[7], T()));
             }
-            send<2>(&args.down_32, args.down, args.hidden, column, work.row + s, work.rows - s);
         }
+        send<2>(place, &args.down_64, &args.down_16, args.down, args.hidden,
+                (int64_t)work.band * MOE_BAND_ROWS + half * 128, work.row, work.rows);
     }
 
     __device__ __forceinline__ void run()
     {
-        item_reader<Shape> reader{shared, rank};
+        item_reader<Shape> reader{shared};
         const int blocks1 = (args.hidden + COLS - 1) / COLS, blocks2 = (args.intermediate + COLS - 1) / COLS;
         ffn_work work;
-#if LAG
-        bool first = true;
-#endif
         for (;;) {
             const bool more = reader.next(work);
             // What this block waits for from here on may be its own results.
-            if (unsettled >= 0 && (!more || work.gemm2 || work.rows == 0))
+            if (unsettled >= 0 && (!more || work.gemm2))
                 settle();
             if (!more)
                 break;
-#if LAG
-            if (half == 1 && first && (work.gemm2 ? blocks2 : blocks1) > LAG)
-                moe_barrier_wait(shared + Shape::FULL + LAG * 8, 0);
-            first = false;
-#endif
             multiply_any<Shape::NMAX>((work.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP, work.gemm2 ? blocks2 : blocks1);
             if (work.gemm2)
                 finish_down(work);
@@ -553,7 +521,7 @@ template <typename T, class Shape> struct ffn_multiplier {
                 finish_gated(work);
         }
         if (thread == 0)
-            moe_store_wait();
+            moe_store_wait(); // shared memory is the block's only as long as it runs
     }
 };
 
@@ -563,36 +531,29 @@ __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_consta
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) char ffn_memory[];
     const uint32_t shared = moe_shared(ffn_memory);
-    const uint32_t rank = Shape::CLUSTER == 1 ? 0 : moe_cluster_rank();
-    constexpr int CLUSTER = Shape::CLUSTER;
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::STAGES; i++) {
             moe_barrier_init(shared + Shape::FULL + i * 8, WARPGROUP + 1);
-            moe_barrier_init(shared + Shape::EMPTY + i * 8, CLUSTER * MULTIPLIERS * WARPGROUP / 32);
+            moe_barrier_init(shared + Shape::EMPTY + i * 8, MULTIPLIERS * WARPGROUP / 32);
         }
         for (int i = 0; i < SLOTS; i++) {
             moe_barrier_init(shared + Shape::SLOT_FULL + i * 8, 1);
-            moe_barrier_init(shared + Shape::SLOT_EMPTY + i * 8, CLUSTER * FFN_THREADS / 32);
+            moe_barrier_init(shared + Shape::SLOT_EMPTY + i * 8, FFN_THREADS / 32);
         }
         moe_barrier_init_done();
     }
-    if constexpr (CLUSTER == 1)
-        __syncthreads();
-    else
-        moe_cluster_sync();
+    __syncthreads();
     moe_grid_launch_dependents();
     moe_grid_wait();
 
     // 168 registers a thread at the start: what the loading warpgroup gives up the multiplying ones get.
     if (threadIdx.x < WARPGROUP) {
-        moe_registers_less<40>();
-        ffn_loader<T, Shape>{args, shared, rank}.run();
+        moe_registers_less<56>();
+        ffn_loader<T, Shape>{args, shared}.run();
     } else {
-        moe_registers_more<232>();
-        ffn_multiplier<T, Shape>(args, shared, rank).run();
+        moe_registers_more<224>();
+        ffn_multiplier<T, Shape>(args, shared).run();
     }
-    if constexpr (CLUSTER > 1)
-        moe_cluster_sync(); // the other block may still arrive at barriers of this one
 #endif
 }
 

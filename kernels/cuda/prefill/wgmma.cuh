@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// The prefill path's FFN for compute capability 9.0.
+#ifndef MOE_KERNELS_CUDA_PREFILL_WGMMA_CUH
+#define MOE_KERNELS_CUDA_PREFILL_WGMMA_CUH
+
+#include "kernels/kernels.h"
+
+// x, plan -> act, down (both dtype), two launches on call->stream: the list of items, then both GEMMs. Weights in
+// either layout; H and I are multiples of 8, dtype is bf16 or f16. tile: one of moe_wgmma_tile_name's.
+moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile);
+size_t moe_scratch_prefill_wgmma(const struct moe_call *call);
+
+// Names of the tiles, numbered from 1: the most tokens in one. NULL past the last.
+const char *moe_wgmma_tile_name(int32_t tile);
+// The tile for as many rows as the call has.
+int32_t moe_wgmma_tile(const struct moe_call *call);
+
+#endif
