@@ -124,7 +124,7 @@ moe_status moe_gemm2_simple(const struct moe_call *call);
 moe_status moe_ffn_prefill(const struct moe_call *call);
 size_t moe_scratch_prefill(const struct moe_call *call);
 const char *moe_prefill_config_name(int32_t config);
-/* The one that a call with config 0 runs in, by its shape and max_sms; looks at nothing else. */
+/* The one that a call with config 0 runs in, by its shape, max_sms and device; looks at nothing else. */
 int32_t moe_prefill_config(const struct moe_call *call);
 
 /* kernels/cuda/pack: `rows` canonical rows [rows][view->cols], from row `first` of the stack [experts * view->rows] on,

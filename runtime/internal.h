@@ -101,7 +101,7 @@ struct moe_path_info {
     moe_dtype gate_up_dtype, act_dtype, down_dtype; /* MOE_DTYPE_NONE: the layer's */
     size_t (*scratch)(const struct moe_call *call); /* NULL: none; looks at shapes only */
     const char *(*config_name)(int32_t config);     /* from 1 until it is NULL; NULL: one way to run */
-    int32_t (*config)(const struct moe_call *call); /* that a call without one gets; looks at shapes and max_sms only */
+    int32_t (*config)(const struct moe_call *call); /* that a call without one gets; reads shapes, max_sms and exec */
     const struct moe_step *steps;                   /* ends with run == NULL; NULL: not in this build */
     const char *why_not;                            /* if steps is NULL */
 };

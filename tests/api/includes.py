@@ -18,7 +18,7 @@ ROOMS = ("config", "models", "router", "kernels", "runtime", "tools")
 SOURCES = (".c", ".h", ".cu", ".cuh", ".inc")
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.M)
 # What reads or writes files.
-FILES = ("config/config.h", "config/file.h", "config/json.h", "config/output.h")
+FILES = ("config/config.h", "config/file.h", "config/json.h", "config/output.h", "config/tuned.h")
 # What a public header may include.
 C_LIBRARY = ("stdbool.h", "stddef.h", "stdint.h", "string.h")
 

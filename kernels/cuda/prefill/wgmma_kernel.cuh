@@ -347,7 +347,6 @@ template <typename T, class Shape> struct ffn_multiplier {
     {
         if (thread == 0) {
             moe_store_wait();
-            moe_fence_async();
             moe_add_release(args.finished + unsettled, 1);
         }
         unsettled = -1;
@@ -355,13 +354,15 @@ template <typename T, class Shape> struct ffn_multiplier {
 
     // d = weights . tokens^T over `blocks` stages. The products of a stage run while the next one's are issued. What is
     // left of the last tile is seen to while they run.
-    template <int N> __device__ __forceinline__ void multiply(int blocks)
+    template <int N> __device__ __forceinline__ void multiply(int blocks, bool gathered)
     {
         uint32_t before = 0;
         for (int block = 0; block < blocks; block++) {
             const uint32_t base = shared + stage.at * Shape::STAGE;
             const uint64_t a = moe_wgmma_matrix(base + half * TILE_BYTES), b = moe_wgmma_matrix(base + WEIGHT_BYTES);
             wait_full();
+            if (gathered)
+                moe_fence_async_shared(); // the loading threads' own copies, which the tensor cores might not see yet
             moe_wgmma_fence();
 #pragma unroll
             for (int k = 0; k < COLS / 16; k++)
@@ -388,15 +389,15 @@ template <typename T, class Shape> struct ffn_multiplier {
     }
 
     // With the number of tokens, in steps, known to the compiler.
-    template <int N> __device__ __forceinline__ void multiply_any(int steps, int blocks)
+    template <int N> __device__ __forceinline__ void multiply_any(int steps, int blocks, bool gathered)
     {
         if constexpr (N > MOE_ROW_STEP) {
             if (steps * MOE_ROW_STEP < N) {
-                multiply_any<N - MOE_ROW_STEP>(steps, blocks);
+                multiply_any<N - MOE_ROW_STEP>(steps, blocks, gathered);
                 return;
             }
         }
-        multiply<N>(blocks);
+        multiply<N>(blocks, gathered);
     }
 
     __device__ void sync() const
@@ -453,8 +454,7 @@ template <typename T, class Shape> struct ffn_multiplier {
             if (c < columns)
                 *reinterpret_cast<uint4 *>((T *)to + (row + r) * columns + c) = *reinterpret_cast<const uint4 *>(from);
         }
-        moe_fence_async(); // GEMM 2 reads act by tensor copies
-        sync();            // before the first thread gives the stage back, and says that all is in memory
+        sync(); // before the first thread gives the stage back, and says that all is in memory
     }
 
     // GEMM 1: of each pair of eights of rows one is gate, one up.
@@ -514,7 +514,8 @@ template <typename T, class Shape> struct ffn_multiplier {
                 settle();
             if (!more)
                 break;
-            multiply_any<Shape::NMAX>((work.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP, work.gemm2 ? blocks2 : blocks1);
+            multiply_any<Shape::NMAX>((work.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP, work.gemm2 ? blocks2 : blocks1,
+                                      !work.gemm2);
             if (work.gemm2)
                 finish_down(work);
             else
