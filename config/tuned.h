@@ -7,7 +7,7 @@
  *      "entries": [{"hidden_size": 4096, "intermediate_size": 14336, "num_experts": 8, "top_k": 2,
  *                   "dtype": "bf16", "layout": "packed",
  *                   "points": [{"tokens": 256, "path": "prefill"},
- *                              {"tokens": 1024, "path": "prefill", "config": "128"}]}]}
+ *                              {"tokens": 1024, "path": "prefill", "config": "wgmma-128"}]}]}
  *
  * A point holds from its count up to the next one's; one without `config` leaves that to the path. Every other field
  * must be there, and no further ones.

@@ -126,7 +126,7 @@ static int32_t config_of(const moe_layer *layer, int64_t tokens, const struct mo
     return choice->path->config(&call);
 }
 
-/* "prefill, configuration 192x2: 512 rows an expert on average". */
+/* "prefill, configuration wgmma-192: 512 rows an expert on average". */
 static void explain(const moe_layer *layer, moe_path wanted, int64_t tokens, const struct moe_choice *choice,
                     struct moe_error *why)
 {

@@ -7,10 +7,14 @@ static __device__ inline float moe_silu(float v)
     return v / (1.0f + expf(-v));
 }
 
-// To a few units in the last place of fp32, without a subroutine: for results that round to 16 bits.
+// To a few units in the last place of fp32, in as few instructions as can be: for results that round to 16 bits. Where
+// the exponential is infinite the result is zero.
 static __device__ inline float moe_silu_fast(float v)
 {
-    return __fdividef(v, 1.0f + __expf(-v));
+    float e, inverse;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(v * -1.442695041f)); // log2(e)
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + e));
+    return v * inverse;
 }
 
 #endif

@@ -166,10 +166,10 @@ static __device__ inline void moe_wgmma_commit()
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Until at most `LEFT` groups of products are unfinished.
-template <int LEFT> __device__ inline void moe_wgmma_wait()
+// Until all products of the closed groups are finished.
+static __device__ inline void moe_wgmma_wait()
 {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
 // d[64][N] (+)= a[64][16] . b[N][16]^T in fp32, by a warpgroup; a and b as moe_wgmma_matrix describes them. Without

@@ -391,11 +391,11 @@ template <int TOKENS, int WEIGHTS, int PART, int STAGES> constexpr choice make(c
 }
 
 constexpr choice choices[] = {
-    make<64, 256, 32, 4>("64x256x4", 32),          // 160 KB: 8.0
-    make<64, 128, 32, 4>("64x128x4", 32),          // 96 KB: 8.6 and 8.9
-    make<128, 256, 64, 4>("128x256x4", INT64_MAX), // 192 KB: 9.0
-    make<128, 256, 64, 3>("128x256x3", INT64_MAX), // 144 KB: 8.0
-    make<128, 128, 64, 3>("128x128x3", INT64_MAX), // 96 KB
+    make<64, 256, 32, 4>("mma-64x256x4", 32),          // 160 KB: 8.0
+    make<64, 128, 32, 4>("mma-64x128x4", 32),          // 96 KB: 8.6 and 8.9
+    make<128, 256, 64, 4>("mma-128x256x4", INT64_MAX), // 192 KB: 9.0
+    make<128, 256, 64, 3>("mma-128x256x3", INT64_MAX), // 144 KB: 8.0
+    make<128, 128, 64, 3>("mma-128x128x3", INT64_MAX), // 96 KB
 };
 constexpr int CHOICES = sizeof choices / sizeof choices[0];
 

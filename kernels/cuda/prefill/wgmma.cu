@@ -35,8 +35,8 @@ template <class Shape> constexpr choice make_choice(const char *name, int64_t ro
 }
 
 const choice choices[] = {
-    make_choice<ffn_shape<128, 4>>("128", 80),
-    make_choice<ffn_shape<192, 4>>("192", INT64_MAX),
+    make_choice<ffn_shape<128, 4>>("wgmma-128", 80),
+    make_choice<ffn_shape<192, 4>>("wgmma-192", INT64_MAX),
 };
 constexpr int CHOICES = sizeof choices / sizeof choices[0];
 

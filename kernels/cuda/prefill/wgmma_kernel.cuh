@@ -295,18 +295,6 @@ template <typename T, class Shape> struct ffn_loader {
 
 // ---- Multiplying ----
 
-// silu(gate) * up of two features, with one division for both where their divisors' product allows; exponentials and
-// division are good to two units in the last place of fp32, and the result is rounded to 16 bits.
-template <typename T> __device__ inline uint32_t gated(const float *gate, const float *up)
-{
-    const float a = 1.0f + __expf(-gate[0]), b = 1.0f + __expf(-gate[1]), both = a * b;
-    if (both < 1e37f) {
-        const float inverse = __fdividef(1.0f, both);
-        return moe_pair(gate[0] * up[0] * (b * inverse), gate[1] * up[1] * (a * inverse), T());
-    }
-    return moe_pair(moe_silu_fast(gate[0]) * up[0], moe_silu_fast(gate[1]) * up[1], T());
-}
-
 template <typename T, class Shape> struct ffn_multiplier {
     const ffn_args &args;
     const uint32_t shared;
@@ -352,11 +340,11 @@ template <typename T, class Shape> struct ffn_multiplier {
         unsettled = -1;
     }
 
-    // d = weights . tokens^T over `blocks` stages. The products of a stage run while the next one's are issued. What is
-    // left of the last tile is seen to while they run.
+    // d = weights . tokens^T over `blocks` stages. While this warpgroup waits for its products, to pass the stage on as
+    // early as can be, the other one's keep the tensor cores busy. What is left of the last tile is seen to while the
+    // first ones run.
     template <int N> __device__ __forceinline__ void multiply(int blocks, bool gathered)
     {
-        uint32_t before = 0;
         for (int block = 0; block < blocks; block++) {
             const uint32_t base = shared + stage.at * Shape::STAGE;
             const uint64_t a = moe_wgmma_matrix(base + half * TILE_BYTES), b = moe_wgmma_matrix(base + WEIGHT_BYTES);
@@ -371,19 +359,14 @@ template <typename T, class Shape> struct ffn_multiplier {
                     moe_wgmma<T, N>::run(d[m], a + m * (TILE_BYTES / M_BLOCKS / 16) + k * 2, b + k * 2,
                                          (block | k) != 0);
             moe_wgmma_commit();
-            if (block > 0) {
-                moe_wgmma_wait<1>();
-                release(before);
-                if (block == 2 && unsettled >= 0)
-                    settle();
-            } else if (borrowed >= 0) {
+            if (block == 0 && borrowed >= 0)
                 give_back();
-            }
-            before = stage.at;
+            if (block == 2 && unsettled >= 0)
+                settle();
+            moe_wgmma_wait();
+            release(stage.at);
             stage.next();
         }
-        moe_wgmma_wait<0>();
-        release(before);
         if (unsettled >= 0)
             settle();
     }
@@ -470,8 +453,10 @@ template <typename T, class Shape> struct ffn_multiplier {
             for (int m = 0; m < M_BLOCKS; m++) {
                 uint32_t v[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    v[i] = gated<T>(d[m] + (q / 8 + i) * 4, d[m] + (q / 8 + i) * 4 + 2);
+                for (int i = 0; i < 4; i++) {
+                    const float *e = d[m] + (q / 8 + i) * 4;
+                    v[i] = moe_pair(moe_silu_fast(e[0]) * e[2], moe_silu_fast(e[1]) * e[3], T());
+                }
                 moe_stmatrix_trans(place + (q + lane) * ROW_BYTES + (((m * 4 + warp) ^ (lane & 7)) << 4), v[0], v[1],
                                    v[2], v[3]);
             }
