@@ -419,9 +419,9 @@ MOE_API moe_status moe_experts_forward(const moe_layer *layer, const moe_batch *
                                        void *stream);
 
 /* Which path a batch of `tokens` would run on, and in `reason` (may be NULL) one line that says which path, in which
- * configuration if it has any (with batch.config and max_sms 0), and why: "prefill, configuration wgmma-192: 512 rows an
- * expert on average". With `wanted` a named path: that path, or MOE_ERROR_UNSUPPORTED and the reason why it cannot run
- * here. */
+ * configuration if it has any (with batch.config and max_sms 0), and why: "prefill, configuration wgmma-192: 512 rows
+ * an expert on average". With `wanted` a named path: that path, or MOE_ERROR_UNSUPPORTED and the reason why it cannot
+ * run here. */
 MOE_API moe_status moe_path_choose(const moe_layer *layer, moe_path wanted, int64_t tokens, moe_path *path,
                                    char *reason, size_t reason_bytes);
 /* Whether a path can run, before there is a layer; desc NULL: on any shape. MOE_OK, or MOE_ERROR_UNSUPPORTED and in
