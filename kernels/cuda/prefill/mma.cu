@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// A grouped GEMM on mma.sync, c[r] = a[row of r] . b[group of r]^T, once for each GEMM of the FFN. One warp of a block
-// finds the tiles and fetches: it gathers tokens through the plan and reads weights, packed or row-major, with cp.async
-// into a ring of stages of 64 columns. The other warps multiply, and when a tile is complete they apply the activation
-// and store from their registers. Barriers in shared memory count what is there and what has been read: nothing stops
-// the whole block, so while one warp stores, the others multiply, and the next tile's operands are on their way.
+// A grouped GEMM on mma.sync, c[r] = a[row of r] . b[group of r]^T, once for each GEMM of the FFN. Four warps of a
+// block find the tiles and fetch: they gather tokens through the plan and read weights, packed or row-major, with
+// cp.async into a ring of stages of 64 columns. The other warps multiply, and when a tile is complete they apply the
+// activation and store from their registers. Barriers in shared memory count what is there and what has been read:
+// nothing stops the whole block, so while one warp stores, the others multiply, and the next tile's operands are on
+// their way.
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/walk.cuh"
 #include "kernels/cuda/prefill/mma.cuh"
@@ -15,6 +16,7 @@ namespace
 constexpr int COLS = MOE_PACKED_COLS; // of a stage
 constexpr int ROW_BYTES = MOE_PACKED_ROW_BYTES;
 constexpr int STEPS = COLS / 16; // of 16 columns in a stage
+constexpr int FETCHERS = 4 * 32; // threads, a warp on each of the SM's schedulers
 constexpr int TILES = 8;         // of which notes are kept: no warp gets more than a ring ahead of another
 constexpr int EMPTY = 64, NOTES = 2 * EMPTY, RING = NOTES + TILES * 16; // in shared memory
 
@@ -29,26 +31,27 @@ struct gemm {
     bool packed;
 };
 
-// What the fetching warp tells the others at a tile's first stage.
+// What the first fetching thread tells the others at a tile's first stage.
 struct alignas(16) note {
     int64_t row;    // of the plan, the tile's first
     int32_t rows;   // of the tile that there are; 0: no more tiles
     int32_t column; // of c, the tile's first
 };
 
-// TOKENS x WEIGHTS: the tile, shared out among warps of PART tokens x 64 weights. With the warp that fetches, eight of
-// them make three on one of the SM's schedulers, which leaves 168 registers to a thread: 128 sums of a part of 64 x 64,
-// 20 of operands, and not much else.
+// TOKENS x WEIGHTS: the tile, shared out among warps of PART tokens x 64 weights. With those that fetch, eight of them
+// make three on each of the SM's schedulers, which leaves 168 registers to a thread: 128 sums of a part of 64 x 64, 24
+// of operands, and not much else.
 template <typename Type, int TOKENS_, int WEIGHTS_, int PART_, int STAGES_> struct shape {
     typedef Type T;
     typedef mma_part<T, PART_> Part;
     static constexpr int TOKENS = TOKENS_, WEIGHTS = WEIGHTS_, PART = PART_, STAGES = STAGES_;
     static constexpr int ACROSS = WEIGHTS / Part::WEIGHTS;
     static constexpr int WARPS = TOKENS / PART * ACROSS; // that multiply
-    static constexpr int THREADS = (WARPS + 1) * 32;
+    static constexpr int THREADS = WARPS * 32 + FETCHERS;
     // Shared memory: a barrier `full` and one `empty` for each stage, notes, stages.
     static constexpr int STAGE_BYTES = (TOKENS + WEIGHTS) * ROW_BYTES;
     static constexpr int SHARED_BYTES = RING + STAGES * STAGE_BYTES;
+    static_assert(WARPS * 32 % FETCHERS == 0, "a fetching thread's number is threadIdx.x % FETCHERS");
     static_assert(WEIGHTS % MOE_PACKED_ROWS == 0, "a tile is whole bands");
     static_assert(STAGES * 8 < EMPTY, "barriers must fit");
     static_assert(STAGES + 1 < TILES, "a note lives until the last warp has stored its tile");
@@ -89,67 +92,61 @@ __device__ inline void keep(const char *&v)
 
 // ---- Fetching ----
 //
-// Copy i of a lane writes 16 bytes at 512 i + 16 lane: to row 4 i + lane / 8, place lane % 8. Chunks are placed by
-// chunk ^ (row % 8), so a lane fetches one chunk for even and one for odd i, four chunks apart. This warp shares a
-// scheduler with warps that multiply, so the address of a copy is one 32-bit product added to 64 bits, or a constant.
+// Copy i of a thread writes 16 bytes at 2048 i + 16 thread: to row 16 i + thread / 8, place thread % 8. Chunks are
+// placed by chunk ^ (row % 8), so a thread fetches the same chunk of all its rows. These warps share the schedulers
+// with those that multiply, so the address of a copy is one 32-bit product added to 64 bits, or a constant.
 
 template <class Shape, bool GATED> class fetcher
 {
     typedef typename Shape::T T;
-    static constexpr int A_COPIES = Shape::TOKENS / 4, B_COPIES = Shape::WEIGHTS / 4;
+    static constexpr int LINES = FETCHERS / 8, COPY_BYTES = LINES * ROW_BYTES; // of copy i of all threads
+    static constexpr int A_COPIES = Shape::TOKENS / LINES, B_COPIES = Shape::WEIGHTS / LINES;
     static constexpr uint32_t NO_ROW = UINT32_MAX;
 
     const gemm &g;
-    const int lane = threadIdx.x % 32, line = lane / 8;
-    const int chunk[2] = {(lane % 8) ^ line, (lane % 8) ^ line ^ 4};
+    const int thread = threadIdx.x % FETCHERS, line = thread / 8, chunk = (thread % 8) ^ (line % 8);
     uint32_t row_bytes; // of a, and of row-major b
 
     uint32_t a_row[A_COPIES]; // NO_ROW: none of this tile
-    const char *b[4];         // row-major: copies 0 to 3 of the first stage; packed: only b[0], all of it
-    int b_rows;               // from the tile's first on, in the packed order; a multiple of eight
+    const char *b;            // copy 0 of the first stage
+    int b_rows;               // row-major: from `line` on; packed: from the tile's first on
 
-    __device__ void tokens(uint32_t to, int64_t along, const int (&bytes)[2]) const
+    __device__ void tokens(uint32_t to, int64_t along, int bytes) const
     {
-        const char *a[2];
-#pragma unroll
-        for (int odd = 0; odd < 2; odd++) {
-            a[odd] = (const char *)g.a + along + chunk[odd] * 16;
-            keep(a[odd]);
-        }
+        const char *a = (const char *)g.a + along + chunk * 16;
+        keep(a);
 #pragma unroll
         for (int i = 0; i < A_COPIES; i++)
             if (a_row[i] != NO_ROW)
-                moe_cp_async_to(to + i * 512, a[i % 2] + (uint64_t)a_row[i] * row_bytes, bytes[i % 2]);
+                moe_cp_async_to(to + i * COPY_BYTES, a + (uint64_t)a_row[i] * row_bytes, bytes);
     }
 
-    // Four copies bring 16 rows of the packed order, eight gate rows and eight up rows.
-    __device__ void weights_rows(uint32_t to, int64_t along, const int (&bytes)[2]) const
+    __device__ void weights_rows(uint32_t to, int64_t along, int bytes) const
     {
-        const uint32_t step = row_bytes * (GATED ? 8 : 16);
-        const char *from[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            from[i] = b[i] + along;
+        const uint32_t step = row_bytes * (GATED ? LINES / 2 : LINES);
+        const char *from = b + along;
+        keep(from);
 #pragma unroll
         for (int i = 0; i < B_COPIES; i++)
-            if (i / 2 * 8 < b_rows)
-                moe_cp_async_to(to + i * 512, from[i % 4] + (uint64_t)step * (i / 4), bytes[i % 2]);
+            if (i * LINES < b_rows)
+                moe_cp_async_to(to + i * COPY_BYTES, from + (uint64_t)step * i, bytes);
     }
 
     // Tiles of 128 rows, or of 64 at an expert's end, lie in memory as in the ring.
     __device__ void weights_packed(uint32_t to, int stage) const
     {
+        constexpr int HALF = MOE_PACKED_LAST_ROWS / LINES; // copies
         const int64_t band_bytes = moe_packed_blocks(g.k) * MOE_PACKED_TILE_BYTES;
 #pragma unroll
         for (int band = 0; band < Shape::WEIGHTS / MOE_PACKED_ROWS; band++) {
             const int left = b_rows - band * MOE_PACKED_ROWS, rows = left < MOE_PACKED_ROWS ? left : MOE_PACKED_ROWS;
-            const char *from = b[0] + band * band_bytes + (int64_t)stage * rows * ROW_BYTES;
+            const char *from = b + band * band_bytes + (int64_t)stage * rows * ROW_BYTES;
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 if (half * MOE_PACKED_LAST_ROWS < rows)
 #pragma unroll
-                    for (int i = half * 16; i < half * 16 + 16; i++)
-                        moe_cp_async_to(to + band * MOE_PACKED_TILE_BYTES + i * 512, from + i * 512, 16);
+                    for (int i = half * HALF; i < half * HALF + HALF; i++)
+                        moe_cp_async_to(to + band * MOE_PACKED_TILE_BYTES + i * COPY_BYTES, from + i * COPY_BYTES, 16);
         }
     }
 
@@ -165,19 +162,17 @@ template <class Shape, bool GATED> class fetcher
         const int64_t rows = (int64_t)g.n * (GATED ? 2 : 1), first = n.column * (GATED ? 2 : 1);
         if (g.packed) {
             b_rows = (int)(moe_packed_rows(rows) - first);
-            b[0] = (const char *)g.b + group * moe_packed_expert_bytes(rows, g.k) +
-                   first * moe_packed_blocks(g.k) * ROW_BYTES + lane * 16;
+            b = (const char *)g.b + group * moe_packed_expert_bytes(rows, g.k) +
+                first * moe_packed_blocks(g.k) * ROW_BYTES + thread * 16;
         } else {
-            b_rows = (int)(rows - first);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int64_t row = GATED ? n.column + i % 2 * 4 + line + i / 2 * g.n : n.column + i * 4 + line;
-                b[i] = (const char *)g.b + (group * rows + row) * row_bytes + chunk[i % 2] * 16;
-            }
+            // In the packed order, eight gate rows and eight up rows.
+            const int64_t row = GATED ? n.column + line % 8 + (int64_t)(line / 8) * g.n : n.column + line;
+            b_rows = (int)(rows - first) - line;
+            b = (const char *)g.b + (group * rows + row) * row_bytes + chunk * 16;
         }
 #pragma unroll
         for (int i = 0; i < A_COPIES; i++) {
-            const int r = i * 4 + line;
+            const int r = i * LINES + line;
             a_row[i] = r >= n.rows ? NO_ROW : g.a_row ? g.a_row[n.row + r] : (uint32_t)(n.row + r);
         }
     }
@@ -186,11 +181,8 @@ template <class Shape, bool GATED> class fetcher
     __device__ void start(uint32_t to, int stage) const
     {
         const int64_t along = (int64_t)stage * ROW_BYTES;
-        int bytes[2];
-#pragma unroll
-        for (int odd = 0; odd < 2; odd++)
-            bytes[odd] = stage * COLS + chunk[odd] * 8 < g.k ? 16 : 0;
-        to += lane * 16;
+        const int bytes = stage * COLS + chunk * 8 < g.k ? 16 : 0;
+        to += thread * 16;
         if (g.packed)
             weights_packed(to + Shape::TOKENS * ROW_BYTES, stage);
         else
@@ -203,17 +195,17 @@ template <class Shape, bool GATED> __device__ void fetch(const gemm &g, char *sh
 {
     constexpr int WIDTH = GATED ? Shape::WEIGHTS / 2 : Shape::WEIGHTS; // of a tile in c
     note *notes = (note *)(shared + NOTES);
-    const bool first_lane = threadIdx.x % 32 == 0;
+    const bool first_thread = threadIdx.x % FETCHERS == 0;
     const int64_t columns = (g.n + WIDTH - 1) / WIDTH;
     fetcher<Shape, GATED> copies(g);
     moe_tile_walk walk;
     place<Shape> at = {base};
     uint32_t to = base + RING;
 
-    // All copies so far count, and one arrival more, because theirs says nothing of the note.
+    // Each thread's copies so far count, and one arrival more, because theirs says nothing of the note.
     auto done = [&]() {
         moe_barrier_arrive_cp_async(at.full);
-        if (first_lane)
+        if (first_thread)
             moe_barrier_arrive(at.full);
         to += at.next();
     };
@@ -230,14 +222,14 @@ template <class Shape, bool GATED> __device__ void fetch(const gemm &g, char *sh
         copies.tile(walk.group, n);
         for (int stage = 0; stage < g.stages; stage++) {
             moe_barrier_wait(at.empty(), at.parity ^ 1);
-            if (stage == 0 && first_lane)
+            if (stage == 0 && first_thread)
                 notes[tiles % TILES] = n;
             copies.start(to, stage);
             done();
         }
     }
     moe_barrier_wait(at.empty(), at.parity ^ 1);
-    if (first_lane)
+    if (first_thread)
         notes[tiles % TILES].rows = 0;
     done();
 }
@@ -308,7 +300,7 @@ template <class Shape, bool GATED> __device__ void multiply(const gemm &g, const
         }
         part.clear();
         part.begin(tokens);
-        for (int stage = 0; stage < g.stages; stage++) {
+        for (int left = g.stages; left > 0; left--) {
 #pragma unroll
             for (int k = 0; k < STEPS; k++)
                 part.step(tokens, weights, [&]() {
@@ -331,7 +323,7 @@ template <class Shape, bool GATED> __global__ void __launch_bounds__(Shape::THRE
     keep(base);
     moe_grid_launch_dependents();
     if (threadIdx.x < Shape::STAGES) {
-        moe_barrier_init(base + threadIdx.x * 8, 32 + 1);
+        moe_barrier_init(base + threadIdx.x * 8, FETCHERS + 1);
         moe_barrier_init(base + EMPTY + threadIdx.x * 8, Shape::WARPS);
     }
     __syncthreads();
@@ -372,9 +364,9 @@ template <class Shape> moe_status both(const struct moe_call *call)
 }
 
 // From best to least. Weights are re-read from shared memory once for every PART tokens and tokens once for every 64
-// weight rows: parts of 64 x 64 are what the registers hold. A wide tile costs the least traffic from L2, and more
-// stages cover more of the memory's latency: what fits decides. Groups of few rows are bound by reading weights, and
-// parts of 32 tokens skip more of a tile that has no rows.
+// weight rows: parts of 64 x 64 are what the registers hold. A wide tile costs the least traffic from L2: what fits
+// decides. Groups of few rows are bound by reading weights, and parts of 32 tokens skip more of a tile that has no
+// rows.
 struct choice {
     const char *name;
     int64_t rows; // for groups of up to this many on average
@@ -391,10 +383,9 @@ template <int TOKENS, int WEIGHTS, int PART, int STAGES> constexpr choice make(c
 }
 
 constexpr choice choices[] = {
-    make<64, 256, 32, 4>("mma-64x256x4", 32),          // 160 KB: 8.0
-    make<64, 128, 32, 4>("mma-64x128x4", 32),          // 96 KB: 8.6 and 8.9
-    make<128, 256, 64, 4>("mma-128x256x4", INT64_MAX), // 192 KB: 9.0
-    make<128, 256, 64, 3>("mma-128x256x3", INT64_MAX), // 144 KB: 8.0
+    make<64, 256, 32, 4>("mma-64x256x4", 32),          // 160 KB: 8.0, 9.0
+    make<64, 128, 32, 4>("mma-64x128x4", 32),          // 96 KB: 8.6, 8.9
+    make<128, 256, 64, 3>("mma-128x256x3", INT64_MAX), // 144 KB: 8.0, 9.0
     make<128, 128, 64, 3>("mma-128x128x3", INT64_MAX), // 96 KB
 };
 constexpr int CHOICES = sizeof choices / sizeof choices[0];

@@ -7,11 +7,12 @@
 // are, up to a step of 16. Between them is a ring of stages in shared memory, 64 columns of both operands each, which
 // goes on from item to item without a pause.
 //
-// What L2 can deliver is the limit, more than the tensor cores: hence the broad band of weights, and blocks in clusters
-// of two that share one band for two tiles of tokens, each block loading half of the weights for both.
+// What L2 can deliver, and the power that it takes, are the limit more than the tensor cores: hence the broad band of
+// weights, with as many sums as the registers hold.
 //
 // Weight rows alternate between gate and up in eights, which puts the gate and up of a feature into registers of one
-// thread. The finished tile is turned to rows of tokens on its way through shared memory.
+// thread. The finished tile is turned to rows of tokens in stages of the ring, which it borrows, and leaves from there
+// by itself while the next item begins.
 //
 // Items are taken from one counter in the order of the list. Those of GEMM 2 come after all those of GEMM 1 whose
 // results they read, so that what an item waits for is always done or being done, on however few blocks the grid runs.
