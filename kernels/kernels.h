@@ -37,6 +37,7 @@ struct moe_exec {
     struct moe_pool *pool; /* CPU */
     int32_t sms;           /* CUDA */
     int32_t compute_capability;
+    int32_t shared_bytes;      /* CUDA: of shared memory, the most that a block can have */
     struct moe_cublas *cublas; /* CUDA, NULL if cuBLAS is not on the machine */
 };
 
@@ -119,13 +120,16 @@ moe_status moe_combine_cuda(const struct moe_call *call);
 moe_status moe_gemm1_simple(const struct moe_call *call);
 moe_status moe_gemm2_simple(const struct moe_call *call);
 
-/* kernels/cuda/prefill: gather to gemm2 in one launch; x, plan -> act, down (both dtype). Either layout; H and I are
- * multiples of 8, dtype is bf16 or f16. Configurations: moe_prefill_config_name(1), ... until it is NULL. */
+/* kernels/cuda/prefill: gather to gemm2 in one step, which reads x through row_token (no gathered copy); x, plan ->
+ * act, down (both dtype). Either layout; H and I are multiples of 8, dtype is bf16 or f16. Configurations:
+ * moe_prefill_config_name(1), ... until it is NULL. */
 moe_status moe_ffn_prefill(const struct moe_call *call);
 size_t moe_scratch_prefill(const struct moe_call *call);
 const char *moe_prefill_config_name(int32_t config);
 /* The one that a call with config 0 runs in, by its shape, max_sms and device; looks at nothing else. */
 int32_t moe_prefill_config(const struct moe_call *call);
+/* Whether a configuration can run on this device, in this build: MOE_OK, or MOE_ERROR_UNSUPPORTED and why not. */
+moe_status moe_prefill_config_check(const struct moe_exec *exec, int32_t config, struct moe_error *why);
 
 /* kernels/cuda/pack: `rows` canonical rows [rows][view->cols], from row `first` of the stack [experts * view->rows] on,
  * go to their places in `packed`, a stack of view's shape in the packed layout (kernels/packed.h); w13: gate and up

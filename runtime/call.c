@@ -104,10 +104,11 @@ static moe_status check_batch(const moe_layer *layer, const moe_batch *batch, un
     return MOE_OK;
 }
 
-static moe_status check_config(const struct moe_path_info *path, int32_t config, struct moe_error *err)
+static moe_status check_config(const moe_context *ctx, const struct moe_path_info *path, int32_t config,
+                               struct moe_error *err)
 {
     if (config == 0 || moe_path_config_name(path->path, config) != NULL)
-        return MOE_OK;
+        return moe_choose_config(ctx, path, config, err);
     int32_t last = 0;
     while (moe_path_config_name(path->path, last + 1) != NULL)
         last++;
@@ -143,7 +144,7 @@ moe_status moe_call_prepare(struct moe_call *call, const moe_layer *layer, const
     status = moe_choose(layer, batch->path, batch->tokens, &choice, err);
     *path = choice.path;
     if (status == MOE_OK)
-        status = check_config(*path, batch->config, err);
+        status = check_config(layer->ctx, *path, batch->config, err);
     if (status != MOE_OK)
         return status;
 

@@ -149,6 +149,12 @@ static void explain(const moe_layer *layer, moe_path wanted, int64_t tokens, con
              because.text);
 }
 
+moe_status moe_choose_config(const moe_context *ctx, const struct moe_path_info *path, int32_t config,
+                             struct moe_error *why)
+{
+    return config == 0 || path->config_check == NULL ? MOE_OK : path->config_check(&ctx->exec, config, why);
+}
+
 /* What the table says of one shape must be possible here. */
 static moe_status check_point(const moe_context *ctx, const struct moe_tuned_entry *entry,
                               struct moe_tuned_point *point, struct moe_error *why)
@@ -168,7 +174,7 @@ static moe_status check_point(const moe_context *ctx, const struct moe_tuned_ent
     const char *name = "";
     for (point->config = 0; name != NULL && strcmp(name, point->name) != 0; point->config++)
         name = moe_path_config_name(point->path, point->config + 1);
-    return name != NULL ? MOE_OK
+    return name != NULL ? moe_choose_config(ctx, info, point->config, why)
                         : moe_fail(why, MOE_ERROR_UNSUPPORTED, "path '%s' has no configuration '%s'",
                                    moe_path_name(point->path), point->name);
 }

@@ -102,8 +102,10 @@ struct moe_path_info {
     size_t (*scratch)(const struct moe_call *call); /* NULL: none; looks at shapes only */
     const char *(*config_name)(int32_t config);     /* from 1 until it is NULL; NULL: one way to run */
     int32_t (*config)(const struct moe_call *call); /* that a call without one gets; reads shapes, max_sms and exec */
-    const struct moe_step *steps;                   /* ends with run == NULL; NULL: not in this build */
-    const char *why_not;                            /* if steps is NULL */
+    /* whether such a device can run one, in this build: MOE_OK, or MOE_ERROR_UNSUPPORTED and why not */
+    moe_status (*config_check)(const struct moe_exec *exec, int32_t config, struct moe_error *why);
+    const struct moe_step *steps; /* ends with run == NULL; NULL: not in this build */
+    const char *why_not;          /* if steps is NULL */
 };
 
 /* NULL for AUTO and for a number that is no path. */
@@ -121,6 +123,10 @@ struct moe_choice {
  * and layout of the layer decide, and the count: not max_sms. */
 moe_status moe_choose(const moe_layer *layer, moe_path wanted, int64_t tokens, struct moe_choice *choice,
                       struct moe_error *err);
+
+/* MOE_OK, or MOE_ERROR_UNSUPPORTED and why this configuration (0, or one that has a name) cannot run here. */
+moe_status moe_choose_config(const moe_context *ctx, const struct moe_path_info *path, int32_t config,
+                             struct moe_error *why);
 
 /* Has the context choose by this table, measured on such a device: the context takes what it holds. MOE_ERROR_FILE if
  * it names what cannot run. */

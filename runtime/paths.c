@@ -190,6 +190,7 @@ static const struct moe_path_info paths[MOE_PATH_COUNT] = {
                           .scratch = CUDA_ONLY(moe_scratch_prefill),
                           .config_name = CUDA_ONLY(moe_prefill_config_name),
                           .config = CUDA_ONLY(moe_prefill_config),
+                          .config_check = CUDA_ONLY(moe_prefill_config_check),
                           CUDA_STEPS(prefill_steps)},
 };
 

@@ -91,21 +91,23 @@ struct cli_target {
     int64_t threads;
     const char *tuned; /* as in moe_context_options */
 };
-#define CLI_TARGET_OPTIONS(target)                                                                                     \
-    {.name = "device",                                                                                                 \
-     .kind = CLI_DEVICE,                                                                                               \
-     .value = &(target).device,                                                                                        \
-     .argument = "D",                                                                                                  \
-     .help = "auto, cpu, cuda or cuda:INDEX (default auto)"},                                                          \
-        {.name = "path",                                                                                               \
-         .kind = CLI_PATH,                                                                                             \
-         .value = &(target).path,                                                                                      \
-         .argument = "NAME",                                                                                           \
-         .help = "force a path; 'moe doctor' lists them (default auto)"},                                              \
+/* The options that fill it. */
+#define CLI_DEVICE_OPTION(target)                                                                                      \
+    {                                                                                                                  \
+        .name = "device", .kind = CLI_DEVICE, .value = &(target).device, .argument = "D",                              \
+        .help = "auto, cpu, cuda or cuda:INDEX (default auto)"                                                         \
+    }
+#define CLI_PATH_OPTION(target)                                                                                        \
+    {                                                                                                                  \
+        .name = "path", .kind = CLI_PATH, .value = &(target).path, .argument = "NAME",                                 \
+        .help = "force a path; 'moe doctor' lists them (default auto)"                                                 \
+    }
+#define CLI_THREADS_OPTION(target)                                                                                     \
     {                                                                                                                  \
         .name = "threads", .kind = CLI_INTEGER, .value = &(target).threads, .argument = "N",                           \
         .help = "CPU threads (default: as many as the process may use)", .low = 1, .high = 4096                        \
     }
+#define CLI_TARGET_OPTIONS(target) CLI_DEVICE_OPTION(target), CLI_PATH_OPTION(target), CLI_THREADS_OPTION(target)
 
 /* Each returns CLI_GO or, the line written, an exit code. */
 int cli_context(const struct cli_target *target, bool verbose, moe_context **ctx);

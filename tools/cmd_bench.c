@@ -3,8 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "tools/bench/bench.h"
-#include "tools/cli.h"
+#include "tools/bench/source.h"
 
 struct bench {
     struct bench_source source;
@@ -93,18 +92,8 @@ static int parse_options(struct bench *b, int argc, char **argv)
          .argument = "R",
          .help = "uniform (default), zipf, or single: all tokens to the same experts",
          .choices = routings},
-        {.name = "device",
-         .kind = CLI_DEVICE,
-         .value = &b->target.device,
-         .argument = "D",
-         .help = "auto, cpu, cuda or cuda:INDEX (default auto)"},
-        {.name = "threads",
-         .kind = CLI_INTEGER,
-         .value = &b->target.threads,
-         .argument = "N",
-         .help = "CPU threads (default: as many as the process may use)",
-         .low = 1,
-         .high = 4096},
+        CLI_DEVICE_OPTION(b->target),
+        CLI_THREADS_OPTION(b->target),
         {.name = "reps",
          .kind = CLI_INTEGER,
          .value = &b->reps,

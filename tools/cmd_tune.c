@@ -6,8 +6,7 @@
 #include <unistd.h>
 
 #include "runtime/internal.h"
-#include "tools/bench/bench.h"
-#include "tools/cli.h"
+#include "tools/bench/source.h"
 
 /* What is faster by less than this share may be so by chance, and then the formula's choice stays. */
 static const double least_gain = 0.01;
@@ -52,18 +51,8 @@ static int parse_options(struct tune *t, int argc, char **argv)
          .value = &t->output,
          .argument = "FILE",
          .help = "the table (default moe-tuned.json); other layers' entries in it stay"},
-        {.name = "device",
-         .kind = CLI_DEVICE,
-         .value = &t->target.device,
-         .argument = "D",
-         .help = "auto, cpu, cuda or cuda:INDEX (default auto)"},
-        {.name = "threads",
-         .kind = CLI_INTEGER,
-         .value = &t->target.threads,
-         .argument = "N",
-         .help = "CPU threads (default: as many as the process may use)",
-         .low = 1,
-         .high = 4096},
+        CLI_DEVICE_OPTION(t->target),
+        CLI_THREADS_OPTION(t->target),
         {.name = "seconds",
          .kind = CLI_NUMBER,
          .value = &t->seconds,
@@ -102,23 +91,21 @@ static int parse_options(struct tune *t, int argc, char **argv)
 
 /* ---- Setting up ---- */
 
-/* The table that is there already, if it is this device's, and the place for the new one: what can fail fails before
+/* The place for the new table, and the one that is there already, if it is this device's: what can fail fails before
  * the measurements. */
 static int open_table(struct tune *t)
 {
     struct moe_error err = {{0}};
-    moe_status status = MOE_OK;
-    if (access(t->output, F_OK) == 0) {
+    moe_status status = moe_output_open(t->output, &t->file, &err);
+    if (status == MOE_OK && access(t->output, F_OK) == 0) {
         status = moe_tuned_load(t->output, &t->table, &err);
         if (status == MOE_OK && !moe_tuned_fits(&t->table, &t->device, &err))
             return cli_fail(CLI_EXIT_FILE, "%s: give another --output", err.text);
-    } else {
+    } else if (status == MOE_OK) {
         snprintf(t->table.device, sizeof t->table.device, "%s", t->device.name);
         t->table.compute_capability = t->device.compute_capability;
         t->table.cores = t->device.cores;
     }
-    if (status == MOE_OK)
-        status = moe_output_open(t->output, &t->file, &err);
     return bench_settle(t->ctx, status, &err);
 }
 
@@ -137,7 +124,8 @@ static int add_candidates(struct tune *t)
             moe_path_choose(layer_of(t), run.path, 1, &path, NULL, 0) != MOE_OK)
             continue;
         do {
-            if (!bench_meter_add(t->meter, &run))
+            if (moe_choose_config(t->ctx, moe_path_info_get(run.path), run.config, NULL) == MOE_OK &&
+                !bench_meter_add(t->meter, &run))
                 return cli_fail_memory();
         } while (moe_path_config_name(run.path, ++run.config));
     }
@@ -182,7 +170,7 @@ static const char *column_of(const struct bench_run *run, int *width)
     return title;
 }
 
-/* "prefill 128"; without a configuration, the path's own choice: "prefill". */
+/* "prefill wgmma-128"; without a configuration, the path's own choice: "prefill". */
 static const char *name_of(const struct bench_run *run, char *buffer, size_t bytes)
 {
     const char *config = moe_path_config_name(run->path, run->config);

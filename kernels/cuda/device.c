@@ -121,6 +121,7 @@ static moe_status open_device(int32_t device, struct moe_cuda_facts *facts, stru
     memcpy(facts->name, prop.name, sizeof facts->name - 1);
     facts->sms = prop.multiProcessorCount;
     facts->compute_capability = prop.major * 10 + prop.minor;
+    facts->shared_bytes = (int32_t)prop.sharedMemPerBlockOptin;
     facts->memory_bytes = prop.totalGlobalMem;
     facts->l2_bytes = (uint64_t)prop.l2CacheSize;
     /* Makes the device's context now, so that a GPU in a bad state is found here. */

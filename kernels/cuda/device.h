@@ -16,6 +16,7 @@ struct moe_cuda_facts {
     char name[256];
     int32_t sms;
     int32_t compute_capability;
+    int32_t shared_bytes; /* as in moe_exec */
     uint64_t memory_bytes, l2_bytes;
 };
 

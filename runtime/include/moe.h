@@ -115,13 +115,14 @@ typedef enum moe_device {
  *   padded          CUDA: every expert padded to the largest count, strided batch (1)
  *   simple          CUDA: our readable grouped GEMM, one launch for all experts
  *   decode          CUDA: few tokens, bound by reading weights                   (2)
- *   prefill         CUDA: many tokens, bound by the tensor cores                 (3)
+ *   prefill         CUDA: our fast grouped GEMM, for many tokens                 (3)
  *
  * (1) reads the counts on the host: it waits for the stream, and returns MOE_ERROR_CAPTURE while the stream
  *     is being captured. `auto` never picks it.
  * (2) not in this version: asking for it returns MOE_ERROR_UNSUPPORTED.
- * (3) weights in bf16 or f16, packed or row-major; hidden_size and intermediate_size are multiples of 8. All other
- *     paths read row-major weights only (see moe_layout).
+ * (3) weights in bf16 or f16, packed or row-major; hidden_size and intermediate_size are multiples of 8. Can be
+ *     captured, as `simple` can. On CUDA `auto` takes it wherever it can run, in this version for few tokens too,
+ *     unless a tuned table says otherwise; else `simple`. All other paths read row-major weights only (see moe_layout).
  */
 #define MOE_PATH_MAP(X)                                                                                      \
     X(MOE_PATH_AUTO, 0, "auto")                                                                              \
@@ -146,7 +147,8 @@ MOE_API const char *moe_path_name(moe_path path);
 /* The path of that name in *path; MOE_ERROR_INVALID_ARGUMENT for an unknown name. */
 MOE_API moe_status moe_path_from_name(const char *name, moe_path *path);
 /* A few words on configuration `config` of a path, for moe_batch.config: they are numbered from 1 without gaps. NULL
- * past the last one, for a path that has none and for a number that is no path. */
+ * past the last one, for a path that has none and for a number that is no path. Not every device can run every one: a
+ * batch that names such a one gets MOE_ERROR_UNSUPPORTED. */
 MOE_API const char *moe_path_config_name(moe_path path, int32_t config);
 
 /* ---- Context: a device, its threads or handles, and where messages go ---------------------------------- */

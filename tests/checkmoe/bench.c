@@ -121,8 +121,7 @@ int bench(struct checker *checker, const char *shape, moe_dtype dtype)
 
                 if (!wants_path(checker, (moe_path)p) ||
                     !wants_layout(checker, (moe_path)p, &desc, (moe_layout)layout) ||
-                    !wants_config(checker, (moe_path)p, config) ||
-                    moe_path_available(checker->ctx, (moe_path)p, &desc, NULL, 0) != MOE_OK)
+                    !wants_config(checker, (moe_path)p, config) || !can_run(checker, (moe_path)p, &desc, config))
                     continue;
                 if (layers[layout] == NULL)
                     fine = check_call(checker, moe_layer_pack(layers[MOE_LAYOUT_ROW_MAJOR], &layers[layout]),

@@ -248,6 +248,8 @@ bool wants_path(const struct checker *checker, moe_path path);
 bool wants_layout(const struct checker *checker, moe_path path, const moe_layer_desc *desc, moe_layout layout);
 bool wants_config(const struct checker *checker, moe_path path, int32_t config);
 int32_t count_configs(moe_path path);
+/* Whether the path and this configuration of it can run layers of this shape here. */
+bool can_run(const struct checker *checker, moe_path path, const moe_layer_desc *desc, int32_t config);
 
 /* A layer on the weights in regions of the arena (gate -1: none), which has been sent. In the layout at work: *packed
  * is NULL or a packed copy, which is what it should be. */

@@ -348,14 +348,23 @@ bool wants_config(const struct checker *checker, moe_path path, int32_t config)
     return strcmp(wanted, "all") == 0 || (name != NULL && strcmp(wanted, name) == 0);
 }
 
+bool can_run(const struct checker *checker, moe_path path, const moe_layer_desc *desc, int32_t config)
+{
+    if (path == MOE_PATH_AUTO)
+        return true;
+    return moe_path_available(checker->ctx, path, desc, NULL, 0) == MOE_OK &&
+           moe_choose_config(checker->ctx, moe_path_info_get(path), config, NULL) == MOE_OK;
+}
+
 /* The case on one path, in each layout and configuration that it is for. */
 static void run_path(struct checker *checker, const struct test_case *c, moe_path path, struct expert_rows *rows)
 {
     const moe_layer_desc desc = case_desc(c);
     const int64_t failures = checker->failures;
-    const bool runs = path == MOE_PATH_AUTO || moe_path_available(checker->ctx, path, &desc, NULL, 0) == MOE_OK;
 
     for (int32_t config = 0; config <= count_configs(path); config++) {
+        const bool runs = can_run(checker, path, &desc, config);
+
         for (int layout = MOE_LAYOUT_ROW_MAJOR; layout < LAYOUTS && checker->failures == failures; layout++) {
             if (!wants_config(checker, path, config) || !wants_layout(checker, path, &desc, (moe_layout)layout))
                 continue;

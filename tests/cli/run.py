@@ -713,7 +713,7 @@ def test_tune():
     for point in result["points"]:
         check(point["formula"] == formula and point["chosen"] == {"path": "cpu"} and point["gain"] == 0, f"{point}")
         check([c["path"] for c in point["candidates"]] == ["cpu"], f"{point}")
-        check(all(c["samples"] >= 3 and c["median_seconds"] > 0 for c in point["candidates"]), f"{point}")
+        check(all(c["samples"] >= 1 and c["median_seconds"] > 0 for c in point["candidates"]), f"{point}")
 
     def written():
         with open("moe-tuned.json") as f:
@@ -764,6 +764,7 @@ def test_tune():
     moe("doctor", env=table)
 
     fails(3, "^moe: no/t: ", *tune, "--shape", "64,96,5,2", "--output", "no/t")
+    fails(3, "^moe: m: is a directory", *tune, "--shape", "64,96,5,2", "--output", "m")
     fails(3, "^moe: ", *tune, "--device", "cuda:1000")
     fails(2, "tune: --tokens has '0'", *tune, "--tokens", 0)
     fails(2, "tune: --like 'olmo' is no shape.*, did you mean 'olmoe'", *tune, "--like", "olmo", "--output", "t")

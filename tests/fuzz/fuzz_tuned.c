@@ -8,14 +8,14 @@ static const char *const seeds[] = {
     "{\"device\":{\"name\":\"NVIDIA H200\",\"compute_capability\":90,\"cores\":132},\"entries\":[]}",
     "{\"device\":{\"name\":\"NVIDIA H200\",\"compute_capability\":90,\"cores\":132},\"entries\":[{\"hidden_size\":4096,"
     "\"intermediate_size\":14336,\"num_experts\":8,\"top_k\":2,\"dtype\":\"bf16\",\"layout\":\"packed\",\"points\":["
-    "{\"tokens\":256,\"path\":\"prefill\"},{\"tokens\":1024,\"path\":\"prefill\",\"config\":\"128x2\"}]},"
+    "{\"tokens\":256,\"path\":\"prefill\"},{\"tokens\":1024,\"path\":\"prefill\",\"config\":\"wgmma-192\"}]},"
     "{\"hidden_size\":2048,\"intermediate_size\":768,\"num_experts\":128,\"top_k\":8,\"dtype\":\"f32\","
     "\"layout\":\"row-major\",\"points\":[{\"tokens\":1,\"path\":\"simple\"}]}]}",
 };
 
 static const char *const words[] = {
-    "\"prefill\"",   "\"simple\"", "\"auto\"", "\"cpu\"", "\"bf16\"", "\"f16\"",    "\"f32\"", "\"packed\"",
-    "\"row-major\"", "\"128x2\"",  "256",      "257",     "1048576",  "2147483647", NULL,
+    "\"prefill\"",   "\"simple\"",    "\"auto\"", "\"cpu\"", "\"bf16\"", "\"f16\"",    "\"f32\"", "\"packed\"",
+    "\"row-major\"", "\"wgmma-192\"", "256",      "257",     "1048576",  "2147483647", NULL,
 };
 
 static const char *const keys[] = {

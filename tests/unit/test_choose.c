@@ -12,8 +12,9 @@
 
 #include "runtime/internal.h"
 
-static moe_context gpu = {.info = {.device = MOE_DEVICE_CUDA, .compute_capability = 90},
-                          .exec = {.device = MOE_DEVICE_CUDA, .sms = 132, .compute_capability = 90}};
+static moe_context gpu = {
+    .info = {.device = MOE_DEVICE_CUDA, .compute_capability = 90},
+    .exec = {.device = MOE_DEVICE_CUDA, .sms = 132, .compute_capability = 90, .shared_bytes = 227 * 1024}};
 
 static moe_layer make_layer(moe_dtype dtype, int64_t hidden, int64_t intermediate, moe_layout layout)
 {
@@ -93,6 +94,36 @@ static void layouts(void **state)
     }
 }
 
+/* The number of prefill's configuration of that name. */
+static int32_t number_of(const char *name)
+{
+    const char *found;
+    for (int32_t config = 1; (found = moe_path_config_name(MOE_PATH_PREFILL, config)) != NULL; config++)
+        if (strcmp(found, name) == 0)
+            return config;
+    fail_msg("prefill has no configuration '%s'", name);
+    return 0;
+}
+
+/* What a batch without tokens in this configuration comes to. */
+static moe_status try_config(const moe_layer *layer, int32_t config, struct moe_call *call, struct moe_error *err)
+{
+    const struct moe_path_info *path;
+    moe_batch batch = moe_batch_init();
+    batch.dtype = layer->desc.dtype;
+    batch.config = config;
+    return moe_call_prepare(call, layer, &batch, MOE_STAGES_EXPERTS, NULL, 0, NULL, &path, err);
+}
+
+/* Whether this build has kernels for 9.0: without them that device's own choice is another. */
+static bool built_for_90(const moe_layer *layer)
+{
+    struct moe_call call;
+    moe_call_shape(&call, layer, 100, layer->desc.top_k, layer->desc.dtype);
+    const int32_t config = moe_path_info_get(MOE_PATH_PREFILL)->config(&call);
+    return strncmp(moe_path_config_name(MOE_PATH_PREFILL, config), "wgmma", 5) == 0;
+}
+
 /* Configurations are numbered without gaps and have names of their own. */
 static void configs(void **state)
 {
@@ -109,21 +140,68 @@ static void configs(void **state)
     char word[64];
     struct moe_call call;
     struct moe_error err = {{0}};
-    const struct moe_path_info *path;
     const moe_layer layer = make_layer(MOE_BF16, 40, 24, MOE_LAYOUT_PACKED);
-    moe_batch batch = moe_batch_init();
-    batch.dtype = MOE_BF16;
-    for (batch.config = 0; batch.config <= count; batch.config++) {
-        assert_int_equal(moe_call_prepare(&call, &layer, &batch, MOE_STAGES_EXPERTS, NULL, 0, NULL, &path, &err),
-                         MOE_OK);
-        assert_int_equal(call.config, batch.config);
+    for (int32_t config = built_for_90(&layer) ? 0 : number_of("mma"); config <= count; config++) {
+        assert_int_equal(try_config(&layer, config, &call, &err), MOE_OK);
+        assert_int_equal(call.config, config);
         assert_int_equal(call.w13.layout, MOE_LAYOUT_PACKED);
         assert_int_equal(call.w2.layout, MOE_LAYOUT_PACKED);
     }
-    assert_int_equal(moe_call_prepare(&call, &layer, &batch, MOE_STAGES_EXPERTS, NULL, 0, NULL, &path, &err),
-                     MOE_ERROR_INVALID_ARGUMENT);
+    assert_int_equal(try_config(&layer, count + 1, &call, &err), MOE_ERROR_INVALID_ARGUMENT);
     snprintf(word, sizeof word, "expected 0 to %d on path 'prefill'", (int)count);
     assert_non_null(strstr(err.text, word));
+}
+
+/* What a batch, and a table, in this configuration come to on such a device; message NULL: both can run. */
+static void expect_config(const char *name, int32_t compute_capability, int32_t shared_bytes, const char *message)
+{
+    static const char *const format =
+        "{\"device\":{\"name\":\"GPU\",\"compute_capability\":90,\"cores\":132},\"entries\":[{\"hidden_size\":40,"
+        "\"intermediate_size\":24,\"num_experts\":8,\"top_k\":2,\"dtype\":\"bf16\",\"layout\":\"packed\",\"points\":["
+        "{\"tokens\":1,\"path\":\"prefill\",\"config\":\"%s\"}]}]}";
+    const moe_layer layer = make_layer(MOE_BF16, 40, 24, MOE_LAYOUT_PACKED);
+    const struct moe_exec before = gpu.exec;
+    struct moe_tuned table;
+    struct moe_call call;
+    struct moe_error err = {{0}}, table_err = {{0}};
+    char text[1024], expected[512];
+    snprintf(text, sizeof text, format, name);
+    gpu.exec.compute_capability = compute_capability;
+    gpu.exec.shared_bytes = shared_bytes;
+    const moe_status status = try_config(&layer, number_of(name), &call, &err);
+    const moe_status parsed = moe_tuned_parse(text, strlen(text), "t.json", &table, &table_err);
+    const moe_status used = parsed == MOE_OK ? moe_choose_from(&gpu, &table, &table_err) : parsed;
+    gpu.exec = before;
+    moe_tuned_free(&table);
+
+    assert_int_equal(parsed, MOE_OK);
+    assert_int_equal(status, message != NULL ? MOE_ERROR_UNSUPPORTED : MOE_OK);
+    assert_int_equal(used, message != NULL ? MOE_ERROR_FILE : MOE_OK);
+    assert_string_equal(err.text, message != NULL ? message : "");
+    if (message != NULL) {
+        snprintf(expected, sizeof expected, "t.json: 'entries[0].points[0]': %s; 'moe tune' makes a new table",
+                 message);
+        assert_string_equal(table_err.text, expected);
+    }
+    moe_tuned_free(&gpu.tuned);
+}
+
+static void configs_of_other_devices(void **state)
+{
+    (void)state;
+    enum { SMALL = 99 * 1024, LARGE = 163 * 1024 }; /* 8.6 and 8.0 */
+    const moe_layer layer = make_layer(MOE_BF16, 40, 24, MOE_LAYOUT_PACKED);
+    const char *no_wgmma =
+        "prefill configuration 'wgmma-128' needs a GPU of compute capability 9.0, and a build for it";
+    expect_config("wgmma-128", 80, LARGE, no_wgmma);
+    expect_config("wgmma-128", 100, 227 * 1024, no_wgmma);
+    expect_config("wgmma-128", 90, 227 * 1024, built_for_90(&layer) ? NULL : no_wgmma);
+    expect_config("mma", 86, SMALL, NULL);
+    expect_config("mma-128x128x3", 86, SMALL, NULL);
+    expect_config("mma-128x256x3", 80, LARGE, NULL);
+    expect_config("mma-128x256x3", 86, SMALL,
+                  "prefill configuration 'mma-128x256x3' takes 147712 bytes of shared memory, this GPU has 101376 a "
+                  "block");
 }
 
 /* ---- The formula and a table ---- */
@@ -186,13 +264,13 @@ static void chooses_by_formula(void **state)
         assert_non_null(name);
         assert_non_null(moe_path_config_name(MOE_PATH_PREFILL, formula(&layer, counts[i], 1)));
         assert_int_equal(config_of(&layer, MOE_PATH_AUTO, counts[i], 0, 0), 0);
-        assert_int_equal(config_of(&layer, MOE_PATH_AUTO, counts[i], 1, 0), 1);
+        assert_int_equal(config_of(&layer, MOE_PATH_AUTO, counts[i], number_of("mma"), 0), number_of("mma"));
         expect_reason(&odd, MOE_PATH_AUTO, counts[i],
                       "simple: path 'prefill' needs sizes in multiples of 8; intermediate_size is 20");
     }
     const char *few = moe_path_config_name(MOE_PATH_PREFILL, formula(&layer, 10, 0));
     const char *many = moe_path_config_name(MOE_PATH_PREFILL, formula(&layer, 8192, 0));
-    if (strcmp(few, "mma") != 0) /* a build without kernels for 9.0 leaves the tile to the launch */
+    if (built_for_90(&layer)) /* another build leaves the tile to the launch */
         assert_string_not_equal(few, many);
     expect_reason(&layer, MOE_PATH_AUTO, 10, "prefill, configuration %s: 2.5 rows an expert on average", few);
     expect_reason(&layer, MOE_PATH_AUTO, 8192, "prefill, configuration %s: 2048 rows an expert on average", many);
@@ -236,7 +314,9 @@ static int drop_table(void **state)
 static void chooses_by_table(void **state)
 {
     (void)state;
-    const char *first = moe_path_config_name(MOE_PATH_PREFILL, 1), *second = moe_path_config_name(MOE_PATH_PREFILL, 2);
+    const int32_t one = number_of("mma"), two = one + 1; /* which every build can run */
+    const char *first = moe_path_config_name(MOE_PATH_PREFILL, one);
+    const char *second = moe_path_config_name(MOE_PATH_PREFILL, two);
     use_table(TABLE("{\"tokens\":1,\"path\":\"simple\"},{\"tokens\":256,\"path\":\"prefill\",\"config\":\"%s\"}",
                     "{\"tokens\":256,\"path\":\"prefill\",\"config\":\"%s\"},{\"tokens\":1024,\"path\":\"prefill\"},"
                     "{\"tokens\":4096,\"path\":\"prefill\",\"config\":\"%s\"}"),
@@ -245,14 +325,14 @@ static void chooses_by_table(void **state)
     const moe_layer packed = make_layer(MOE_BF16, 40, 24, MOE_LAYOUT_PACKED);
     for (int i = 0; i < COUNTS; i++) {
         const int64_t tokens = counts[i];
-        const int32_t in_rows = tokens < 256 ? 0 : 1;
-        const int32_t in_packed = tokens < 256 ? 0 : tokens < 1024 ? 2 : tokens < 4096 ? 0 : 1;
+        const int32_t in_rows = tokens < 256 ? 0 : one;
+        const int32_t in_packed = tokens < 256 ? 0 : tokens < 1024 ? two : tokens < 4096 ? 0 : one;
         assert_int_equal(config_of(&rows, MOE_PATH_AUTO, tokens, 0, 0), in_rows);
         assert_int_equal(config_of(&rows, MOE_PATH_PREFILL, tokens, 0, 0), in_rows);
         assert_int_equal(config_of(&packed, MOE_PATH_AUTO, tokens, 0, 0), in_packed);
         assert_int_equal(config_of(&packed, MOE_PATH_PREFILL, tokens, 0, 0), in_packed);
         /* The batch's own configuration goes first; fewer SMs are another machine than the one that was measured. */
-        assert_int_equal(config_of(&packed, MOE_PATH_AUTO, tokens, 3, 0), 3);
+        assert_int_equal(config_of(&packed, MOE_PATH_AUTO, tokens, two + 1, 0), two + 1);
         assert_int_equal(config_of(&packed, MOE_PATH_AUTO, tokens, 0, 66), 0);
         assert_int_equal(config_of(&rows, MOE_PATH_SIMPLE, tokens, 0, 0), 0);
 
@@ -357,6 +437,7 @@ int main(void)
         cmocka_unit_test(shapes),
         cmocka_unit_test(layouts),
         cmocka_unit_test(configs),
+        cmocka_unit_test(configs_of_other_devices),
         cmocka_unit_test(chooses_by_formula),
         cmocka_unit_test_teardown(chooses_by_table, drop_table),
         cmocka_unit_test_teardown(workspace_for_every_choice, drop_table),

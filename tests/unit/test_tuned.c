@@ -41,8 +41,9 @@ static void reads(void **state)
 {
     (void)state;
     struct moe_tuned t;
-    parse(TABLE("{\"tokens\":256,\"path\":\"prefill\"},{\"config\":\"128x2\",\"tokens\":1024,\"path\":\"prefill\"}"),
-          &t);
+    parse(
+        TABLE("{\"tokens\":256,\"path\":\"prefill\"},{\"config\":\"wgmma-192\",\"tokens\":1024,\"path\":\"prefill\"}"),
+        &t);
     assert_string_equal(t.file, "t.json");
     assert_string_equal(t.device, "NVIDIA H200");
     assert_int_equal(t.compute_capability, 90);
@@ -60,7 +61,7 @@ static void reads(void **state)
     assert_int_equal(e->points[0].path, MOE_PATH_PREFILL);
     assert_string_equal(e->points[0].name, "");
     assert_int_equal(e->points[1].tokens, 1024);
-    assert_string_equal(e->points[1].name, "128x2");
+    assert_string_equal(e->points[1].name, "wgmma-192");
     moe_tuned_free(&t);
     assert_null(t.entries);
 

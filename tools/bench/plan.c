@@ -84,7 +84,8 @@ static int parse_configs(struct bench_plan *plan, const char *list)
     char word[64];
     while (bench_word(&list, word, sizeof word)) {
         if (!mark_config(plan, word))
-            return cli_fail(CLI_EXIT_USAGE, "bench: --configs has '%s', which no path of --paths has", word);
+            return cli_fail(CLI_EXIT_USAGE, "bench: --configs has '%s', which no path of --paths has in this build",
+                            word);
     }
     return CLI_GO;
 }

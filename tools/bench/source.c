@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The layer and the token counts that a command line asks for. */
+#include "tools/bench/source.h"
+
 #include <stdio.h>
 #include <stdlib.h>
-
-#include "tools/bench/bench.h"
 
 enum { MAX_TOKENS = 1 << 20 };
 

@@ -52,6 +52,10 @@ FLUSH_FLOATS = 96 << 20
 FEW_REPS, LONG_MS = 10, 10  # samples of what takes longer
 
 
+def first_line(failure):
+    return str(failure).partition("\n")[0]
+
+
 class Run:
     """Something to time: `call` enqueues it on torch's current stream and returns its output."""
 
@@ -65,7 +69,7 @@ class Run:
             output = self.call()[tokens].float()
             torch.cuda.synchronize()
         except Exception as failure:  # of any of several packages
-            self.note = "cannot run: " + str(failure).partition("\n")[0]
+            self.note = "cannot run: " + first_line(failure)
             return False
         error = ((output - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
         self.error = error if math.isfinite(error) else None
@@ -84,8 +88,8 @@ class Run:
                 self.output = self.call()  # kept: the graph writes there
             graph.replay()
             self.graph = graph
-        except RuntimeError as failure:
-            self.note = "not captured: " + str(failure).partition("\n")[0]
+        except (RuntimeError, libmoe.Error) as failure:
+            self.note = "not captured: " + first_line(failure)
         torch.cuda.synchronize()
 
     def sample(self, flush, begin, end):
@@ -298,8 +302,12 @@ def main():
     about |= {package: version(package) for package in ("torch", "triton", "transformers")}
     if not arguments.json:
         print(", ".join(f"{key} {value}" if value else f"no {key}" for key, value in about.items()))
-    with torch.no_grad():
-        layers = [measure_shape(library, name, shape, arguments) for name, shape in arguments.shapes]
+    try:
+        with torch.no_grad():
+            layers = [measure_shape(library, name, shape, arguments) for name, shape in arguments.shapes]
+    except (libmoe.Error, torch.cuda.OutOfMemoryError) as failure:
+        print(f"torch_compare: {first_line(failure)}", file=sys.stderr)
+        return 3
     if arguments.json:
         print(json.dumps(about | {"layers": layers}, indent=1))
     notes = [run.get("why", "") for layer in layers for result in layer["points"] for run in result["runs"]]

@@ -389,6 +389,7 @@ constexpr choice choices[] = {
     make<128, 128, 64, 3>("mma-128x128x3", INT64_MAX), // 96 KB
 };
 constexpr int CHOICES = sizeof choices / sizeof choices[0];
+static_assert(choices[CHOICES - 1].shared_bytes <= 99 * 1024, "the last one fits every GPU from 8.0 on");
 
 } // namespace
 
@@ -397,24 +398,24 @@ const char *moe_mma_tile_name(int32_t tile)
     return tile >= 1 && tile <= CHOICES ? choices[tile - 1].name : NULL;
 }
 
+moe_status moe_mma_tile_check(const struct moe_exec *exec, int32_t tile, struct moe_error *why)
+{
+    if (tile == 0 || exec->shared_bytes >= choices[tile - 1].shared_bytes)
+        return MOE_OK;
+    return moe_fail(why, MOE_ERROR_UNSUPPORTED,
+                    "prefill configuration '%s' takes %d bytes of shared memory, this GPU has %d a block",
+                    choices[tile - 1].name, choices[tile - 1].shared_bytes, (int)exec->shared_bytes);
+}
+
 moe_status moe_ffn_prefill_mma(const struct moe_call *call, int32_t tile)
 {
     if (call->tokens == 0)
         return MOE_OK;
 
-    int device = 0, shared = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-        return moe_launched(call->error, "shared memory of the device");
-
     const int64_t rows = call->tokens * call->slots / call->plan.groups;
     int i = tile > 0 ? tile - 1 : 0;
     if (tile == 0)
-        while (i < CHOICES - 1 && (rows > choices[i].rows || shared < choices[i].shared_bytes))
+        while (i < CHOICES - 1 && (rows > choices[i].rows || call->exec->shared_bytes < choices[i].shared_bytes))
             i++;
-    if (shared < choices[i].shared_bytes)
-        return moe_fail(call->error, MOE_ERROR_UNSUPPORTED,
-                        "prefill tile %s takes %d bytes of shared memory, this GPU has %d a block", choices[i].name,
-                        choices[i].shared_bytes, shared);
     return call->dtype == MOE_F16 ? choices[i].f16(call) : choices[i].bf16(call);
 }

@@ -13,9 +13,9 @@ static int32_t wgmma_tiles()
     return tiles;
 }
 
-static bool has_wgmma(const struct moe_call *call)
+static bool has_wgmma(const struct moe_exec *exec)
 {
-    return call->exec->compute_capability == 90 && moe_built_for_90();
+    return exec->compute_capability == 90 && moe_built_for_90();
 }
 
 const char *moe_prefill_config_name(int32_t config)
@@ -28,7 +28,19 @@ const char *moe_prefill_config_name(int32_t config)
 
 int32_t moe_prefill_config(const struct moe_call *call)
 {
-    return has_wgmma(call) ? moe_wgmma_tile(call) : wgmma_tiles() + 1;
+    return has_wgmma(call->exec) ? moe_wgmma_tile(call) : wgmma_tiles() + 1;
+}
+
+moe_status moe_prefill_config_check(const struct moe_exec *exec, int32_t config, struct moe_error *why)
+{
+    const int32_t tiles = wgmma_tiles();
+    if (config > tiles)
+        return moe_mma_tile_check(exec, config - tiles - 1, why);
+    if (has_wgmma(exec))
+        return MOE_OK;
+    return moe_fail(why, MOE_ERROR_UNSUPPORTED,
+                    "prefill configuration '%s' needs a GPU of compute capability 9.0, and a build for it",
+                    moe_wgmma_tile_name(config));
 }
 
 size_t moe_scratch_prefill(const struct moe_call *call)
@@ -39,11 +51,8 @@ size_t moe_scratch_prefill(const struct moe_call *call)
 moe_status moe_ffn_prefill(const struct moe_call *call)
 {
     const int32_t tiles = wgmma_tiles(), config = call->config > 0 ? call->config : moe_prefill_config(call);
-    if (config > tiles)
-        return moe_ffn_prefill_mma(call, config - tiles - 1);
-    if (!has_wgmma(call))
-        return moe_fail(call->error, MOE_ERROR_UNSUPPORTED,
-                        "prefill configuration '%s' needs a GPU of compute capability 9.0, and a build for it",
-                        moe_wgmma_tile_name(config));
-    return moe_ffn_prefill_wgmma(call, config);
+    const moe_status status = moe_prefill_config_check(call->exec, config, call->error);
+    if (status != MOE_OK)
+        return status;
+    return config > tiles ? moe_ffn_prefill_mma(call, config - tiles - 1) : moe_ffn_prefill_wgmma(call, config);
 }

@@ -11,6 +11,9 @@ namespace
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int THREADS = 512;
 
+// About one on each SM: each adds up all counts anew.
+constexpr int MAX_BLOCKS = 128;
+
 // Items that follow each other run at the same time, so they should share what they read: in a group, up to this many
 // tiles of tokens go through all weights together, the tiles of one band of weights following each other.
 constexpr int PART = 16;
@@ -113,11 +116,12 @@ __global__ void __launch_bounds__(THREADS) schedule_kernel(const moe_schedule_ar
 
 } // namespace
 
-moe_status moe_schedule_cuda(const moe_schedule_args &args, bool dependent, cudaStream_t stream, struct moe_error *err)
+moe_status moe_schedule_cuda(const moe_schedule_args &args, int32_t max_sms, bool dependent, cudaStream_t stream,
+                             struct moe_error *err)
 {
     const int64_t most = args.max_tiles * (args.bands1 + args.bands2);
-    const int64_t blocks = moe_ceil_div(most, THREADS);
+    const unsigned grid = moe_grid(moe_ceil_div(most, THREADS), max_sms < MAX_BLOCKS ? max_sms : 0, MAX_BLOCKS, 1);
     const size_t shared = (args.groups + 1) * sizeof(int32_t);
-    moe_launch(schedule_kernel, (unsigned)(blocks < 128 ? blocks : 128), THREADS, shared, stream, dependent, args);
+    moe_launch(schedule_kernel, grid, THREADS, shared, stream, dependent, args);
     return moe_launched(err, "schedule");
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The prefill path's FFN as its parts see it: a plan of the rows, cut into items of work (schedule.cu), which
-// persistent blocks take in order (ffn.cuh). An item is one band of 128 weight rows times one tile of up to NMAX tokens
-// of the same group, over the whole of K, in GEMM 1 or in GEMM 2.
+// persistent blocks take in order (wgmma_kernel.cuh). An item is one band of 256 weight rows times one tile of up to
+// NMAX tokens of the same group, over the whole of K, in GEMM 1 or in GEMM 2.
 #ifndef MOE_KERNELS_CUDA_PREFILL_SCHEDULE_CUH
 #define MOE_KERNELS_CUDA_PREFILL_SCHEDULE_CUH
 
@@ -43,8 +43,9 @@ struct moe_schedule_args {
     moe_item *items;
 };
 
-// offsets -> schedule, items, finished = 0.
-moe_status moe_schedule_cuda(const moe_schedule_args &args, bool dependent, cudaStream_t stream, struct moe_error *err);
+// offsets -> schedule, items, finished = 0. max_sms as in moe_call.
+moe_status moe_schedule_cuda(const moe_schedule_args &args, int32_t max_sms, bool dependent, cudaStream_t stream,
+                             struct moe_error *err);
 
 // The most pieces of up to `tile` rows that `rows` rows in `groups` groups can make.
 static inline int64_t moe_max_tiles(int64_t rows, int32_t groups, int32_t tile)

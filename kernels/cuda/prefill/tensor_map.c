@@ -16,6 +16,8 @@ static void find_encode(void)
             cudaSuccess &&
         found == cudaDriverEntryPointSuccess)
         encode = (PFN_cuTensorMapEncodeTiled_v12000)function;
+    else
+        cudaGetLastError(); /* clears it for the calls to come */
 }
 
 moe_status moe_tensor_map(CUtensorMap *map, moe_dtype dtype, uint32_t rank, const void *base, const uint64_t *sizes,

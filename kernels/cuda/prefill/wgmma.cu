@@ -170,7 +170,7 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
             status = map_w2(call, &args.w2_rows);
     }
     if (status == MOE_OK)
-        status = moe_schedule_cuda(schedule, dependent, stream, call->error);
+        status = moe_schedule_cuda(schedule, call->max_sms, dependent, stream, call->error);
     if (status != MOE_OK)
         return status;
     const unsigned grid = moe_grid(items, call->max_sms, call->exec->sms, 1);

@@ -10,7 +10,7 @@
 moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile);
 size_t moe_scratch_prefill_wgmma(const struct moe_call *call);
 
-// Names of the tiles, numbered from 1: the most tokens in one is the number. NULL past the last.
+// Names of the tiles, numbered from 1; they end with the most tokens in one. NULL past the last.
 const char *moe_wgmma_tile_name(int32_t tile);
 // The tile for as many rows as the call has.
 int32_t moe_wgmma_tile(const struct moe_call *call);

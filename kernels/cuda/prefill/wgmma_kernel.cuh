@@ -541,6 +541,8 @@ __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_consta
         moe_registers_more<224>();
         ffn_multiplier<T, Shape>(args, shared).run();
     }
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#error "built for 9.0 without its own instructions this kernel would do nothing: build for 90a"
 #endif
 }
 
