@@ -9,7 +9,7 @@
  * of and take the typical one whole, which about half of them need. Elements of f16 results count as at least 2^-14,
  * because f16 has no relative precision below that.
  *
- * The budgets of the 16-bit dtypes are for sums in which rounding errors average out. In a layer of up to 16
+ * The budgets of the 16-bit dtypes are for sums in which rounding errors average out. In a layer of fewer than 16
  * hidden or intermediate columns they do not, and the cuBLAS paths, which keep gate, up and down in the layer's dtype,
  * may be off by every rounding in full: gate, up, act, down, output. They alone get more there.
  */
@@ -37,7 +37,7 @@ bool budget_rounds_inside(moe_path path)
 double budget_layer(moe_path path, const struct test_case *c, moe_dtype result)
 {
     const bool rounds = budget_rounds_inside(path) && c->dtype != MOE_F32;
-    const bool narrow = c->hidden <= 16 || c->intermediate <= 16;
+    const bool narrow = c->hidden < 16 || c->intermediate < 16;
 
     return fmax(moe_error_budget(c->dtype) * (rounds && narrow ? 2.5 : 1), moe_error_budget(result));
 }

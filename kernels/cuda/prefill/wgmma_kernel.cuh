@@ -22,7 +22,6 @@
 #include "kernels/cuda/common/activation.cuh"
 #include "kernels/cuda/common/dtype.cuh"
 #include "kernels/cuda/common/hopper.cuh"
-#include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/cuda/prefill/schedule.cuh"
 
