@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "config/tuned.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -315,6 +316,18 @@ const struct moe_tuned_point *moe_tuned_at(const struct moe_tuned_entry *entry, 
 }
 
 /* ---- Making and writing ---- */
+
+/* Times grow by factors, and so the middle is the geometric one. */
+int64_t moe_tuned_between(const struct moe_tuned_entry *entry)
+{
+    for (int32_t i = 1; i < entry->count; i++) {
+        const struct moe_tuned_point *low = &entry->points[i - 1], *high = &entry->points[i];
+        const int64_t gap = high->tokens - low->tokens;
+        if (low->path != high->path && gap > 1 && 10 * gap > low->tokens)
+            return llrint(sqrt((double)low->tokens * (double)high->tokens));
+    }
+    return 0;
+}
 
 static bool same_choice(const struct moe_tuned_point *a, const struct moe_tuned_point *b)
 {

@@ -61,6 +61,10 @@ const struct moe_tuned_entry *moe_tuned_find(const struct moe_tuned *table, cons
 /* The point that holds for a count, or NULL below the first. */
 const struct moe_tuned_point *moe_tuned_at(const struct moe_tuned_entry *entry, int64_t tokens);
 
+/* The count at which a measurement says most about where the path changes: between two neighbouring points of different
+ * paths, the second one at more than a tenth more tokens. 0: every change is known that closely. */
+int64_t moe_tuned_between(const struct moe_tuned_entry *entry);
+
 /* Puts a copy of the entry, with neighbours that say the same made one, in the place of the entry of its shape, or
  * last. MOE_ERROR_OUT_OF_MEMORY. */
 moe_status moe_tuned_set(struct moe_tuned *table, const struct moe_tuned_entry *entry);

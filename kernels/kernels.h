@@ -46,6 +46,7 @@ struct moe_call {
     const struct moe_exec *exec;
     void *stream;
     struct moe_error *error;
+    unsigned stages; /* that this call runs (runtime/internal.h); 0: each step by itself, whatever came before */
     int32_t max_sms; /* 0: all */
     int32_t config;  /* of the path (its configurations are numbered from 1); 0: the path chooses */
 
@@ -70,7 +71,7 @@ struct moe_call {
     void *gate_up; /* [T * S, 2I] dtype (fp32 on the reference path): GEMM 1's result, gate columns then up columns */
     void *act;     /* [T * S, I] dtype (fp32 on the reference path): activation(gate) * up */
     void *down;    /* [T * S, H] down_dtype: GEMM 2's result, not yet weighted */
-    moe_dtype down_dtype; /* fp32, or on the cuBLAS paths and prefill dtype */
+    moe_dtype down_dtype; /* fp32, or on the cuBLAS paths, decode and prefill dtype */
     void *scratch;        /* as many bytes as the path's scratch function says */
     size_t scratch_bytes;
 };
@@ -89,7 +90,7 @@ typedef moe_status (*moe_step_fn)(const struct moe_call *call);
  * combine     output[t] = sum over slots s with slot_row[t][s] >= 0, in slot order, of row_weight * down[row], in fp32,
  *             rounded once; zero for a token without rows
  *
- * combine alone writes output, and starts when nothing reads x any more.
+ * combine alone writes output, when nothing reads x any more.
  */
 
 /* kernels/ref: plain C. gate_up, act and down are fp32 there, so that only input and output round. */
@@ -114,22 +115,37 @@ moe_status moe_entry_cuda(const struct moe_call *call);
 moe_status moe_gather_cuda(const struct moe_call *call);
 moe_status moe_activation_cuda(const struct moe_call *call);
 moe_status moe_combine_cuda(const struct moe_call *call);
+/* The same behind a kernel that lets the next one start only when the plan is complete: the plan is read at once, and
+ * only `down` is waited for. */
+moe_status moe_combine_planned_cuda(const struct moe_call *call);
 
 /* kernels/cuda/simple: gemm1 reads x through row_token (no gathered copy) and applies the activation: x, plan -> act.
  */
 moe_status moe_gemm1_simple(const struct moe_call *call);
 moe_status moe_gemm2_simple(const struct moe_call *call);
 
-/* kernels/cuda/prefill: gather to gemm2 in one step, which reads x through row_token (no gathered copy); x, plan ->
- * act, down (both dtype). Either layout; H and I are multiples of 8, dtype is bf16 or f16. Configurations:
- * moe_prefill_config_name(1), ... until it is NULL. */
+/* kernels/cuda/prefill: gather to gemm2 in one step; x, plan -> act, down (both dtype). Some configurations read x
+ * through row_token, others gather it into `down` first, where x must not lie then. Either layout; H and I are
+ * multiples of 8, dtype is bf16 or f16. The first moe_zeroed_prefill bytes of the scratch memory are zero (the plan
+ * sees to it). Configurations: moe_prefill_config_name(1), ... until it is NULL. */
 moe_status moe_ffn_prefill(const struct moe_call *call);
 size_t moe_scratch_prefill(const struct moe_call *call);
+size_t moe_zeroed_prefill(const struct moe_call *call);
 const char *moe_prefill_config_name(int32_t config);
 /* The one that a call with config 0 runs in, by its shape, max_sms and device; looks at nothing else. */
 int32_t moe_prefill_config(const struct moe_call *call);
 /* Whether a configuration can run on this device, in this build: MOE_OK, or MOE_ERROR_UNSUPPORTED and why not. */
 moe_status moe_prefill_config_check(const struct moe_exec *exec, int32_t config, struct moe_error *why);
+
+/* kernels/cuda/decode: the same step for few rows an expert, where reading weights is what takes time. x, plan -> act,
+ * down (both dtype). Either layout; H and I are multiples of 8, dtype is bf16 or f16. The first moe_zeroed_decode bytes
+ * of the scratch memory are zero (the plan sees to it). The rest as for prefill. */
+moe_status moe_ffn_decode(const struct moe_call *call);
+size_t moe_scratch_decode(const struct moe_call *call);
+size_t moe_zeroed_decode(const struct moe_call *call);
+const char *moe_decode_config_name(int32_t config);
+int32_t moe_decode_config(const struct moe_call *call);
+moe_status moe_decode_config_check(const struct moe_exec *exec, int32_t config, struct moe_error *why);
 
 /* kernels/cuda/pack: `rows` canonical rows [rows][view->cols], from row `first` of the stack [experts * view->rows] on,
  * go to their places in `packed`, a stack of view's shape in the packed layout (kernels/packed.h); w13: gate and up

@@ -7,6 +7,7 @@
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 #include "router/router.h"
+#include "router/topk.cuh"
 
 namespace
 {
@@ -33,8 +34,7 @@ template <typename T> __device__ inline void multiply(float (&sum)[4], const uin
     moe_mma(sum, second, w.z, w.w, T());
 }
 
-// A tile has `tile_tokens` <= 16 MI and `tile_experts` <= 8 NI. AHEAD steps are loaded before any of them is
-// multiplied.
+// A tile has `tile_tokens` <= 16 MI and `tile_experts` <= 8 NI. AHEAD steps are on their way at any time.
 template <typename T, int MI, int NI, int AHEAD, int BLOCKS>
 __global__ void __launch_bounds__(SLICES * 32, BLOCKS)
     logits_tensor(const moe_gate_args args, int tile_tokens, int tile_experts)
@@ -44,7 +44,6 @@ __global__ void __launch_bounds__(SLICES * 32, BLOCKS)
     static_assert(PIECES % ROUND == 0, "pieces are added up in rounds");
     __shared__ float4 parts[ROUND][SLICES][32];
     moe_grid_launch_dependents();
-    moe_grid_wait();
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, quad = lane % 4;
     const int hidden = (int)args.hidden, experts = args.experts;
@@ -52,6 +51,13 @@ __global__ void __launch_bounds__(SLICES * 32, BLOCKS)
     const int begin = warp * slice, end = begin + slice < hidden ? begin + slice : hidden;
     const int expert_tiles = (experts + tile_experts - 1) / tile_experts;
     const int64_t tiles = (args.tokens + tile_tokens - 1) / tile_tokens * expert_tiles;
+
+    // The gate's rows come as far as L2 while whoever makes x is still at work: all of them once, by the first blocks.
+    if (threadIdx.x == 0 && blockIdx.x < expert_tiles) {
+        const int e0 = blockIdx.x * tile_experts, rows = min(experts - e0, tile_experts);
+        moe_prefetch_l2((const char *)args.gate + (int64_t)e0 * hidden * sizeof(T), rows * hidden * sizeof(T));
+    }
+    moe_grid_wait();
 
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const int64_t t0 = tile / expert_tiles * tile_tokens;
@@ -71,34 +77,41 @@ __global__ void __launch_bounds__(SLICES * 32, BLOCKS)
         for (int j = 0; j < NI; j++)
             gate_row[j] = (uint32_t)min(j * 8 + row, experts_here - 1) * (uint32_t)(hidden * sizeof(T));
 
+        // Step a of a round is multiplied, then its registers take the same step of the round at `next`; `whole`: all
+        // of that round is in the slice. Columns past the slice count as zero.
         float sum[MI][NI][4] = {};
-        const auto steps = [&](int k0, auto whole) {
-            const char *x_at = x + k0 * sizeof(T), *gate_at = gate + k0 * sizeof(T);
-            uint4 xv[AHEAD][2 * MI], wv[AHEAD][NI];
+        uint4 xv[AHEAD][2 * MI], wv[AHEAD][NI];
+        const auto load = [&](int a, int next, auto whole) {
+            const char *x_at = x + next * sizeof(T), *gate_at = gate + next * sizeof(T);
+            const bool there = whole.value || next + a * STEP + quad * 8 < end;
+#pragma unroll
+            for (int i = 0; i < 2 * MI; i++)
+                xv[a][i] = there ? *(const uint4 *)(x_at + x_row[i] + a * STEP * sizeof(T)) : uint4();
+#pragma unroll
+            for (int j = 0; j < NI; j++)
+                wv[a][j] = there ? *(const uint4 *)(gate_at + gate_row[j] + a * STEP * sizeof(T)) : uint4();
+        };
+        const auto round = [&](int next, auto whole) {
 #pragma unroll
             for (int a = 0; a < AHEAD; a++) {
-                const bool there = whole.value || k0 + a * STEP + quad * 8 < end;
-#pragma unroll
-                for (int i = 0; i < 2 * MI; i++)
-                    xv[a][i] = there ? *(const uint4 *)(x_at + x_row[i] + a * STEP * sizeof(T)) : uint4();
-#pragma unroll
-                for (int j = 0; j < NI; j++)
-                    wv[a][j] = there ? *(const uint4 *)(gate_at + gate_row[j] + a * STEP * sizeof(T)) : uint4();
-            }
-#pragma unroll
-            for (int a = 0; a < AHEAD; a++)
 #pragma unroll
                 for (int j = 0; j < NI; j++)
 #pragma unroll
                     for (int i = 0; i < MI; i++)
                         multiply<T>(sum[i][j], xv[a][2 * i], xv[a][2 * i + 1], wv[a][j]);
+                load(a, next, whole);
+            }
         };
-        int k0 = begin;
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++)
+            load(a, begin, moe_bool<false>());
+        int next = begin + AHEAD * STEP;
 #pragma unroll 1
-        for (; k0 + AHEAD * STEP <= end; k0 += AHEAD * STEP)
-            steps(k0, moe_bool<true>());
-        if (k0 < end)
-            steps(k0, moe_bool<false>());
+        for (; next + AHEAD * STEP <= end; next += AHEAD * STEP)
+            round(next, moe_bool<true>());
+#pragma unroll 1
+        for (; next - AHEAD * STEP < end; next += AHEAD * STEP)
+            round(next, moe_bool<false>());
 
 #pragma unroll
         for (int first = 0; first < PIECES; first += ROUND) {
@@ -282,134 +295,19 @@ void launch_logits(const struct moe_gate_args *args, const struct moe_gpu *gpu)
     moe_launch(logits_kernel<X, W, TM, TE, ALIGNED>, grid, LOGIT_WARPS * 32, 0, gpu->stream, gpu->dependent, *args);
 }
 
-// ---- Top-k ----
-//
-// One warp a token, PER logits a lane: key[j] is that of expert_at(j, lane). A key is the logit's bits turned so that
-// unsigned order is the order of the contract: NaN above every number, -0 equal to 0. Key 0, below every logit's,
-// stands for "no such expert" and "taken".
+// ---- Top-k: one warp a token ----
 
 constexpr int TOPK_WARPS = 8;
 
-__device__ inline uint32_t key_of(float logit)
+template <int PER> __global__ void __launch_bounds__(TOPK_WARPS * 32) topk_kernel(const moe_gate_args args)
 {
-    if (isnan(logit))
-        return 0xffffffffu;
-    const uint32_t bits = logit == 0.0f ? 0u : __float_as_uint(logit);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-__device__ inline float logit_of(uint32_t key)
-{
-    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
-
-// A lane's experts rise with j. VEC neighbours share a lane, so that it can load them at once.
-template <int VEC> __device__ inline int expert_at(int j, int lane)
-{
-    return j / VEC * 32 * VEC + lane * VEC + j % VEC;
-}
-
-// The largest key of this lane and its expert, the lowest if several have it.
-template <int PER, int VEC> __device__ inline void find_best(const uint32_t (&key)[PER], uint32_t &best, int &expert)
-{
-    best = 0;
-    expert = 0;
-#pragma unroll
-    for (int j = 0; j < PER; j++)
-        if (key[j] > best) {
-            best = key[j];
-            expert = expert_at<VEC>(j, threadIdx.x % 32);
-        }
-}
-
-template <int PER, int VEC> __global__ void __launch_bounds__(TOPK_WARPS * 32) topk_kernel(const moe_gate_args args)
-{
-    constexpr int KEPT = MOE_MAX_TOP_K / 32;
+    __shared__ int2 chosen[TOPK_WARPS][MOE_MAX_TOP_K];
     moe_grid_launch_dependents();
     moe_grid_wait();
-
-    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
     const int64_t warps = (int64_t)gridDim.x * TOPK_WARPS;
-    for (int64_t t = (int64_t)blockIdx.x * TOPK_WARPS + threadIdx.x / 32; t < args.tokens; t += warps) {
-        const float *logits = args.logits + t * args.experts;
-        uint32_t key[PER];
-#pragma unroll
-        for (int j = 0; j < PER; j += VEC) {
-            const int e = expert_at<VEC>(j, lane);
-            float v[VEC] = {};
-            if (e < args.experts)
-                moe_load<VEC != 1>(logits + e, VEC, v);
-#pragma unroll
-            for (int i = 0; i < VEC; i++)
-                key[j + i] = e < args.experts ? key_of(v[i]) : 0;
-        }
-
-        uint32_t best;
-        int mine;
-        find_best<PER, VEC>(key, best, mine);
-        const float largest = logit_of(__reduce_max_sync(ALL_LANES, best));
-        float all = 0.0f;
-#pragma unroll
-        for (int j = 0; j < PER; j++)
-            if (key[j] != 0)
-                all += expf(logit_of(key[j]) - largest);
-        for (int d = 16; d > 0; d /= 2)
-            all += __shfl_xor_sync(ALL_LANES, all, d);
-
-        // Round k finds the k-th largest; lane k % 32 keeps it. Only the lane that had it looks for its next best.
-        int32_t id[KEPT] = {};
-        uint32_t won[KEPT] = {};
-        for (int k = 0; k < args.top_k; k++) {
-            const uint32_t winner = __reduce_max_sync(ALL_LANES, best);
-            const int expert = __reduce_min_sync(ALL_LANES, best == winner ? mine : INT32_MAX);
-            if (mine == expert && best == winner) {
-#pragma unroll
-                for (int j = 0; j < PER; j++)
-                    if (expert_at<VEC>(j, lane) == expert)
-                        key[j] = 0;
-                find_best<PER, VEC>(key, best, mine);
-            }
-#pragma unroll
-            for (int i = 0; i < KEPT; i++)
-                if (k == i * 32 + lane) {
-                    id[i] = expert;
-                    won[i] = winner;
-                }
-        }
-
-        float weight[KEPT], selected = 0.0f;
-#pragma unroll
-        for (int i = 0; i < KEPT; i++) {
-            weight[i] = i * 32 + lane < args.top_k ? expf(logit_of(won[i]) - largest) / all : 0.0f;
-            selected += weight[i];
-        }
-        for (int d = 16; d > 0; d /= 2)
-            selected += __shfl_xor_sync(ALL_LANES, selected, d);
-#pragma unroll
-        for (int i = 0; i < KEPT; i++) {
-            const int k = i * 32 + lane;
-            if (k < args.top_k) {
-                const float p = args.renormalize ? weight[i] / selected : weight[i];
-                args.ids[t * args.top_k + k] = id[i];
-                args.weights[t * args.top_k + k] = moe_round_to(p, args.topk_weight_dtype);
-            }
-        }
-    }
-}
-
-template <int PER> void launch_topk(const struct moe_gate_args *args, const struct moe_gpu *gpu)
-{
-    if constexpr (PER * 32 < MOE_MAX_EXPERTS) {
-        if (args->experts > PER * 32) {
-            launch_topk<PER * 2>(args, gpu);
-            return;
-        }
-    }
-    constexpr int VEC = PER < 4 ? PER : 4;
-    const unsigned grid = moe_grid(moe_ceil_div(args->tokens, TOPK_WARPS), gpu->max_sms, gpu->sms, 8);
-    const bool vectors = args->experts % VEC == 0 && moe_aligned16(args->logits);
-    moe_launch(vectors ? topk_kernel<PER, VEC> : topk_kernel<PER, 1>, grid, TOPK_WARPS * 32, 0, gpu->stream,
-               gpu->dependent, *args);
+    for (int64_t t = (int64_t)blockIdx.x * TOPK_WARPS + warp; t < args.tokens; t += warps)
+        moe_topk_token<PER>(args, t, chosen[warp]);
 }
 
 } // namespace
@@ -447,6 +345,9 @@ moe_status moe_topk_cuda(const struct moe_gate_args *args, const struct moe_gpu 
 {
     if (args->tokens == 0)
         return MOE_OK;
-    launch_topk<1>(args, gpu);
+    const unsigned grid = moe_grid(moe_ceil_div(args->tokens, TOPK_WARPS), gpu->max_sms, gpu->sms, 8);
+    moe_with_experts_a_lane<MOE_MAX_EXPERTS / 32>(args->experts, [&](auto per) {
+        moe_launch(topk_kernel<per.value>, grid, TOPK_WARPS * 32, 0, gpu->stream, gpu->dependent, *args);
+    });
     return moe_launched(NULL, "topk");
 }

@@ -1,64 +1,132 @@
 // SPDX-License-Identifier: Apache-2.0
 // The plan on the GPU: a stable counting sort of all (token, slot) pairs by group. The pairs are cut into one range for
-// each block. The blocks first count their ranges, each into its own row of the scratch; then each adds up the rows of
-// the blocks before it, which says where its rows of each group begin, and places its pairs. Few pairs do both in one
-// block.
+// each block. The blocks first count their ranges; then each adds up the counts of the blocks before it, which says
+// where its rows of each group begin, and places its pairs. Few pairs do both in one launch, by one block or by a
+// cluster of blocks, which read each other's counts in shared memory; many need two launches, between which the counts
+// lie in the scratch. The ids of very few tokens are chosen by the same launch as well.
 //
-// A block places a tile of pairs at a time, one pair a thread: a warp ranks its 32 pairs among themselves, a scan over
-// the warps' counts ranks the warps. So a tile costs a few hundred cycles of latency, whatever the routing.
+// A block places a tile of pairs at a time, one pair a thread: a warp ranks its 32 pairs among themselves, a sum over
+// the warps before it ranks the warp. So a tile costs a few hundred cycles of latency, whatever the routing.
+#include <algorithm>
+
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 #include "router/router.h"
+#include "router/topk.cuh"
 
 namespace
 {
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
-constexpr int THREADS = 1024;
+constexpr int THREADS = 1024; // of a block, at most: little work gets fewer, which meet sooner
 constexpr int WARPS = THREADS / 32;
 
-// A thread looks after these groups: threadIdx.x + THREADS * i.
+// A thread looks after these groups: threadIdx.x + blockDim.x * i.
 constexpr int PER_THREAD = MOE_MAX_EXPERTS / THREADS;
 
-// Up to this many pairs, one block is quicker than two launches.
-constexpr int64_t ALONE_PAIRS = 4 * THREADS;
+// What a cluster has: as many blocks as every device with clusters can run.
+constexpr int CLUSTER = 8;
 
-// As many blocks as there are SMs, about: each reads the counts of all.
+// Up to this many pairs a block, one launch is quicker than two: by reckoning a tile more costs a fifth of a launch.
+constexpr int64_t WHOLE_PAIRS = 4 * THREADS;
+
+// Up to this many tokens one block chooses their experts as quickly as a cluster, in which the counts have to go
+// around: that takes about as long as the instructions of four tokens, instead of one, on each scheduler.
+constexpr int64_t ALONE_TOKENS = 16;
+
+// Experts are chosen here for up to so many tokens a block, 256 in a cluster. With more, what a block's schedulers
+// have to issue takes longer than another launch, which spreads the tokens over all SMs. And up to so many experts, for
+// which a lane has registers. The block is small enough to be there while the kernel of the logits still runs.
+constexpr int64_t CHOOSING_TOKENS = 32;
+constexpr int CHOOSING_EXPERTS = 512;
+constexpr int CHOOSING_THREADS = 512;
+static_assert(CHOOSING_EXPERTS <= PER_THREAD * CHOOSING_THREADS, "a thread has room for its groups");
+
+// Of the two launches: as many blocks as there are SMs, about, since each reads the counts of all.
 constexpr int MAX_BLOCKS = 128;
 
-// Dynamic shared memory: int32 [groups], then uint16 [ranking warps][groups], all within the 48 KB that need no leave.
-// With very many groups not all warps have counters; the others then take no pairs.
+// Dynamic shared memory: (id, weight) of the pairs whose ids are chosen here, int32 [2][groups], then uint16
+// [ranking warps][groups], all within the 48 KB that need no leave. With very many groups not all warps have counters;
+// the others then take no pairs.
 constexpr int SHARED_BYTES = 46 * 1024;
-static_assert((SHARED_BYTES - MOE_MAX_EXPERTS * 4) / (MOE_MAX_EXPERTS * 2) >= 1, "a warp's counters must fit");
+constexpr int GROUP_BYTES = 2 * sizeof(int32_t);
+static_assert(SHARED_BYTES >= MOE_MAX_EXPERTS * (GROUP_BYTES + 2), "a warp's counters must fit");
+static_assert(SHARED_BYTES >=
+                  CHOOSING_TOKENS * MOE_MAX_TOP_K * (int)sizeof(int2) + CHOOSING_EXPERTS * (GROUP_BYTES + 2),
+              "a warp's counters must fit");
 
-inline int ranking_warps(int groups)
+struct layout {
+    int threads, ranking; // ranking warps
+    size_t bytes;         // of shared memory
+};
+
+// Of a block with `range` pairs, so many of them `chosen` by itself, and work for so many threads, of which it may have
+// up to `most`.
+inline layout lay_out(int groups, int64_t range, int64_t chosen, int64_t work, int most)
 {
-    const int fit = (SHARED_BYTES - groups * 4) / (groups * 2);
-    return fit < WARPS ? fit : WARPS;
+    const int64_t wanted = std::max({work, range, (int64_t)groups, (int64_t)128});
+    const int warps = (int)(std::min(wanted, (int64_t)most) + 31) / 32;
+    const int64_t fixed = chosen * (int64_t)sizeof(int2) + (int64_t)groups * GROUP_BYTES;
+    const int64_t fit = (SHARED_BYTES - fixed) / (groups * 2), useful = std::max(moe_ceil_div(range, 32), (int64_t)1);
+    const int ranking = (int)std::min({fit, useful, (int64_t)warps});
+    return {warps * 32, ranking, (size_t)(fixed + moe_ceil_div((int64_t)ranking * groups, 2) * 4)};
 }
 
-// The group of pair i; -1: none.
-__device__ inline int group_of(const moe_plan_args &args, int64_t i)
+// The pairs of a block, [begin, end): of ids and weights in memory, or CHOSEN by the block itself a moment ago.
+template <bool CHOSEN> struct block_pairs {
+    const moe_plan_args &args;
+    const int2 *chosen; // [end - begin] ids and bits of weights
+    int64_t begin, end;
+
+    // The group of pair i; -1: none.
+    __device__ int group(int64_t i) const
+    {
+        if (i >= end)
+            return -1;
+        const int64_t id = CHOSEN                      ? chosen[i - begin].x
+                           : args.ids_dtype == MOE_I64 ? ((const int64_t *)args.ids)[i]
+                                                       : ((const int32_t *)args.ids)[i];
+        if (id < 0 || id >= args.experts)
+            return -1;
+        return args.expert_group ? args.expert_group[id] : (int)id;
+    }
+
+    __device__ float weight(int64_t i) const
+    {
+        return i >= end ? 0.0f : CHOSEN ? __int_as_float(chosen[i - begin].y) : args.weights[i];
+    }
+};
+
+template <bool CHOSEN>
+__device__ inline block_pairs<CHOSEN> pairs_of_block(const moe_plan_args &args, int64_t range, const int2 *chosen)
 {
-    const int64_t id = args.ids_dtype == MOE_I64 ? ((const int64_t *)args.ids)[i] : ((const int32_t *)args.ids)[i];
-    if (id < 0 || id >= args.experts)
-        return -1;
-    return args.expert_group ? args.expert_group[id] : (int)id;
+    const int64_t all = args.tokens * args.slots, begin = min(blockIdx.x * range, all);
+    return {args, chosen, begin, min(begin + range, all)};
 }
 
-// Pairs [begin, end) counted into counts[groups] in shared memory, by the whole block. Which thread adds first has no
-// influence on a sum of integers.
-__device__ void count_pairs(const moe_plan_args &args, int64_t begin, int64_t end, int32_t *counts)
+// The memory of the step that comes next, spread over the grid. The last threads of a block go first: they have the
+// least to do otherwise.
+__device__ inline void set_zeroed(const moe_plan_args &args)
+{
+    const int64_t all = (int64_t)(args.zeroed_bytes / sizeof(uint4));
+    for (int64_t i = (blockIdx.x + 1) * blockDim.x - 1 - threadIdx.x; i < all; i += gridDim.x * blockDim.x)
+        ((uint4 *)args.zeroed)[i] = uint4();
+}
+
+// Pairs counted into counts[groups] in shared memory, by the whole block. Which thread adds first has no influence on a
+// sum of integers.
+template <bool CHOSEN> __device__ void count_pairs(const block_pairs<CHOSEN> &pairs, int32_t *counts)
 {
     constexpr int AHEAD = 4;
-    for (int g = threadIdx.x; g < args.groups; g += THREADS)
+    const int threads = blockDim.x;
+    for (int g = threadIdx.x; g < pairs.args.groups; g += threads)
         counts[g] = 0;
     __syncthreads();
-    for (int64_t i = begin + threadIdx.x; i < end; i += AHEAD * THREADS) {
+    for (int64_t i = pairs.begin + threadIdx.x; i < pairs.end; i += AHEAD * threads) {
         int group[AHEAD];
 #pragma unroll
         for (int a = 0; a < AHEAD; a++)
-            group[a] = i + a * THREADS < end ? group_of(args, i + a * THREADS) : -1;
+            group[a] = pairs.group(i + a * threads);
 #pragma unroll
         for (int a = 0; a < AHEAD; a++)
             if (group[a] >= 0)
@@ -67,60 +135,80 @@ __device__ void count_pairs(const moe_plan_args &args, int64_t begin, int64_t en
     __syncthreads();
 }
 
-// Exclusive scan of one number a thread; `sum` becomes the sum of all.
-__device__ inline int32_t scan_block(int32_t own, int32_t &sum)
+// Exclusive scan of one number a thread; `sum` becomes the sum of all. Each call in a kernel has its own warp_sums.
+__device__ inline int32_t scan_block(int32_t own, int32_t (&warp_sums)[WARPS], int32_t &sum)
 {
-    __shared__ int32_t warp_sums[WARPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const auto scan_warp = [&](int32_t v) {
+    int32_t inclusive = own;
 #pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            const int32_t lower = __shfl_up_sync(ALL_LANES, v, d);
-            if (lane >= d)
-                v += lower;
-        }
-        return v;
-    };
-    const int32_t inclusive = scan_warp(own);
+    for (int d = 1; d < 32; d *= 2) {
+        const int32_t lower = __shfl_up_sync(ALL_LANES, inclusive, d);
+        if (lane >= d)
+            inclusive += lower;
+    }
     if (lane == 31)
         warp_sums[warp] = inclusive;
     __syncthreads();
-    const int32_t warps = scan_warp(warp_sums[lane]);
-    sum = __shfl_sync(ALL_LANES, warps, WARPS - 1);
-    const int32_t before = __shfl_sync(ALL_LANES, warps, warp > 0 ? warp - 1 : 0);
-    __syncthreads(); // warp_sums is written again
-    return inclusive - own + (warp > 0 ? before : 0);
+    const int32_t of_lane = lane < blockDim.x / 32 ? warp_sums[lane] : 0;
+    sum = __reduce_add_sync(ALL_LANES, of_lane);
+    return inclusive - own + __reduce_add_sync(ALL_LANES, lane < warp ? of_lane : 0);
 }
 
-// Places pairs [begin, end). next[i]: where the next row of this thread's i-th group goes.
-__device__ void place_pairs(const moe_plan_args &args, int64_t begin, int64_t end, int ranking,
-                            int32_t (&next)[PER_THREAD], int32_t *first, uint16_t *counts)
+// Where the next row of each group of this thread goes, next[i] for its i-th. count_of(g, count, before) says how many
+// pairs a group has and how many of them the blocks before this one. The first block writes the plan's counts and
+// offsets.
+template <typename F>
+__device__ inline void begin_rows(const moe_plan_args &args, F count_of, int32_t (&next)[PER_THREAD])
 {
-    constexpr int AHEAD = 8;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, groups = args.groups;
-    const unsigned lower = (1u << lane) - 1;
-    const int tile = ranking * 32;
-    const moe_plan &plan = args.plan;
+    __shared__ int32_t warp_sums[PER_THREAD][WARPS];
+    const int groups = args.groups;
+    int32_t rows = 0;
+#pragma unroll
+    for (int k = 0; k < PER_THREAD; k++) {
+        if (k * blockDim.x >= groups)
+            break;
+        const int g = k * blockDim.x + threadIdx.x;
+        int32_t count = 0, before = 0, sum;
+        if (g < groups)
+            count_of(g, count, before);
+        const int32_t offset = rows + scan_block(count, warp_sums[k], sum);
+        rows += sum;
+        next[k] = offset + before;
+        if (blockIdx.x == 0 && g < groups) {
+            args.plan.counts[g] = count;
+            args.plan.offsets[g] = offset;
+        }
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0)
+        args.plan.offsets[groups] = rows;
+}
 
-    const auto fetch = [&](int64_t i) { return warp < ranking && i < end ? group_of(args, i) : -1; };
-    int following = fetch(begin + threadIdx.x);
-    for (int64_t i0 = begin; i0 < end; i0 += tile) {
-        const int64_t i = i0 + threadIdx.x;
-        const bool mine = warp < ranking && i < end;
-        const int g = following;
-        following = fetch(i + tile);
-        const float weight = mine ? args.weights[i] : 0.0f;
+// A block's counters for a tile: uint16 [ranking][groups], and of each group the row that its first pair gets.
+struct tile_counters {
+    int groups, ranking;
+    int32_t *first;
+    uint16_t *counts;
 
-        for (int c = threadIdx.x; c < (ranking * groups + 1) / 2; c += THREADS)
+    // All counters zero, after the block's next barrier.
+    __device__ void clear() const
+    {
+        for (int c = threadIdx.x; c < (ranking * groups + 1) / 2; c += blockDim.x)
             ((uint32_t *)counts)[c] = 0;
-        __syncthreads();
-        const unsigned same = __match_any_sync(ALL_LANES, g);
-        if (g >= 0 && (same & lower) == 0)
-            counts[warp * groups + g] = (uint16_t)__popc(same);
+    }
+
+    // Ranks a tile of pairs, one a thread, by the whole block: g is its group, -1: none. Returns how many lower lanes
+    // of the warp have the same group; counts[warp][g] becomes how many threads of lower warps do. total[i] is how many
+    // pairs there are of this thread's i-th group.
+    __device__ int rank(int g, int32_t (&total)[PER_THREAD]) const
+    {
+        constexpr int AHEAD = 8;
+        const unsigned same = __match_any_sync(ALL_LANES, g), lower = same & ((1u << threadIdx.x % 32) - 1);
+        if (g >= 0 && lower == 0)
+            counts[threadIdx.x / 32 * groups + g] = (uint16_t)__popc(same);
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < PER_THREAD; k++) {
-            const int own = threadIdx.x + k * THREADS;
+            const int own = threadIdx.x + k * blockDim.x;
             if (own >= groups)
                 break;
             int32_t before = 0;
@@ -136,34 +224,184 @@ __device__ void place_pairs(const moe_plan_args &args, int64_t begin, int64_t en
                     before += count[a];
                 }
             }
-            first[own] = next[k];
-            next[k] += before;
+            total[k] = before;
         }
-        __syncthreads();
-        if (mine) {
-            const int32_t row = g >= 0 ? first[g] + counts[warp * groups + g] + __popc(same & lower) : -1;
-            plan.slot_row[i] = row;
-            if (g >= 0) {
-                const uint32_t pair = (uint32_t)i, slots = (uint32_t)args.slots;
-                plan.row_token[row] = (int32_t)(pair / slots);
-                plan.row_slot[row] = (int32_t)(pair % slots);
-                plan.row_weight[row] = weight;
-            }
-        }
-        __syncthreads(); // counts and first are written again
+        return __popc(lower);
+    }
+
+    // The rows of this thread's groups in this tile begin at next[i]; all threads know it after the next barrier.
+    __device__ void set_first(const int32_t (&next)[PER_THREAD]) const
+    {
+#pragma unroll
+        for (int k = 0; k < PER_THREAD; k++)
+            if (threadIdx.x + k * blockDim.x < groups)
+                first[threadIdx.x + k * blockDim.x] = next[k];
+    }
+
+    // The row of a pair, by what rank() returned for it; -1: none.
+    __device__ int32_t row(int g, int rank) const
+    {
+        return g >= 0 ? first[g] + counts[threadIdx.x / 32 * groups + g] + rank : -1;
+    }
+};
+
+// `token` is i / slots, which takes long enough to be worked out while there is something to wait for.
+__device__ inline void place_pair(const moe_plan_args &args, int64_t i, uint32_t token, int32_t row, float weight)
+{
+    args.plan.slot_row[i] = row;
+    if (row >= 0) {
+        args.plan.row_token[row] = (int32_t)token;
+        args.plan.row_slot[row] = (int32_t)((uint32_t)i - token * (uint32_t)args.slots);
+        args.plan.row_weight[row] = weight;
     }
 }
+
+// Places the pairs of a block, tile by tile. next[i]: where the next row of this thread's i-th group goes.
+template <bool CHOSEN>
+__device__ void place_tiles(const block_pairs<CHOSEN> &pairs, const tile_counters &counters,
+                            int32_t (&next)[PER_THREAD])
+{
+    const int tile = counters.ranking * 32;
+    const auto group = [&](int64_t i) { return threadIdx.x < tile ? pairs.group(i) : -1; };
+    int following = group(pairs.begin + threadIdx.x);
+    for (int64_t i0 = pairs.begin; i0 < pairs.end; i0 += tile) {
+        const int64_t i = i0 + threadIdx.x;
+        const bool mine = threadIdx.x < tile && i < pairs.end;
+        const int g = following;
+        following = group(i + tile);
+        const float weight = mine ? pairs.weight(i) : 0.0f;
+        const uint32_t token = (uint32_t)i / (uint32_t)pairs.args.slots;
+
+        counters.clear();
+        __syncthreads();
+        int32_t total[PER_THREAD] = {};
+        const int rank = counters.rank(g, total);
+        counters.set_first(next);
+#pragma unroll
+        for (int k = 0; k < PER_THREAD; k++)
+            next[k] += total[k];
+        __syncthreads();
+        if (mine)
+            place_pair(pairs.args, i, token, counters.row(g, rank), weight);
+        __syncthreads(); // the counters are written again
+    }
+}
+
+// ---- One launch ----
+
+// The grid is one block, or one cluster. PER > 0: each block first chooses the experts of its own tokens, of which
+// `range` is a multiple then, with that many experts a lane.
+template <int PER>
+__global__ void __launch_bounds__(THREADS, 1)
+    plan_whole(const moe_gate_args gate, const moe_plan_args args, int64_t range, int ranking)
+{
+    constexpr bool CHOSEN = PER > 0;
+    extern __shared__ int2 shared[];
+    moe_grid_launch_dependents();
+    int2 *const chosen = shared;
+    int32_t *const own = (int32_t *)(shared + (CHOSEN ? range : 0)); // this block's counts
+    const int groups = args.groups;
+    const tile_counters counters = {groups, ranking, own + groups, (uint16_t *)(own + 2 * groups)};
+    const block_pairs<CHOSEN> pairs = pairs_of_block<CHOSEN>(args, range, chosen);
+    const bool one_tile = range <= ranking * 32;
+    const int64_t i = pairs.begin + threadIdx.x;
+    const uint32_t slots = args.slots, token = (uint32_t)i / slots;
+    const uint32_t first_token = (uint32_t)pairs.begin / slots, last_token = (uint32_t)pairs.end / slots;
+    if (one_tile)
+        counters.clear();
+    __syncthreads();
+    moe_grid_wait();
+    set_zeroed(args);
+    if constexpr (CHOSEN) {
+        for (uint32_t t = first_token + threadIdx.x / 32; t < last_token; t += blockDim.x / 32)
+            moe_topk_token<PER>(gate, t, chosen + (t - first_token) * slots);
+        __syncthreads();
+    }
+
+    int g = -1, rank = 0;
+    float weight = 0.0f;
+    int32_t next[PER_THREAD] = {};
+    if (one_tile) {
+        g = pairs.group(i);
+        weight = pairs.weight(i);
+        int32_t total[PER_THREAD] = {};
+        rank = counters.rank(g, total);
+#pragma unroll
+        for (int k = 0; k < PER_THREAD; k++)
+            if (threadIdx.x + k * blockDim.x < groups)
+                own[threadIdx.x + k * blockDim.x] = total[k];
+    } else {
+        count_pairs(pairs, own);
+    }
+
+    const bool cluster = gridDim.x > 1;
+    if (cluster) {
+        moe_cluster_arrive();
+        moe_cluster_wait();
+    }
+    const auto count_of = [&](int of, int32_t &count, int32_t &before) {
+        if (!cluster) {
+            count = own[of];
+            return;
+        }
+#pragma unroll
+        for (int b = 0; b < CLUSTER; b++) {
+            const int32_t theirs = moe_cluster_load(own + of, b);
+            count += theirs;
+            before += b < blockIdx.x ? theirs : 0;
+        }
+    };
+    begin_rows(args, count_of, next);
+    if (cluster)
+        moe_cluster_arrive(); // this block has read
+
+    if (one_tile) {
+        counters.set_first(next);
+        __syncthreads();
+        if (i < pairs.end)
+            place_pair(args, i, token, counters.row(g, rank), weight);
+    } else {
+        place_tiles(pairs, counters, next);
+    }
+    if (cluster)
+        moe_cluster_wait(); // its counts stay until all have
+}
+
+template <int PER>
+void launch_whole(const moe_gate_args &gate, const moe_plan_args &args, unsigned blocks, int64_t range,
+                  const layout &shared, const moe_gpu &gpu)
+{
+    moe_launch_cluster(plan_whole<PER>, blocks, blocks, shared.threads, shared.bytes, gpu.stream, gpu.dependent, gate,
+                       args, range, shared.ranking);
+}
+
+// How many blocks can work on one launch. A cluster needs its SMs at the same time, and near each other: if other
+// kernels hold more than half of them, it might wait for these.
+inline int most_blocks(const moe_gpu &gpu)
+{
+    const int sms = gpu.max_sms > 0 ? gpu.max_sms : gpu.sms;
+    return gpu.dependent && moe_built_for_90() && sms >= CLUSTER && 2 * sms >= gpu.sms ? CLUSTER : 1;
+}
+
+// Threads a block that set memory to zero with four stores each.
+inline int64_t zeroing_threads(const moe_plan_args &args, int blocks)
+{
+    return (int64_t)(args.zeroed_bytes / sizeof(uint4)) / (4 * blocks);
+}
+
+// ---- Two launches ----
 
 // Scratch [block][groups]: each block's counts.
 __global__ void __launch_bounds__(THREADS, 1) plan_count(const moe_plan_args args, int64_t range)
 {
-    extern __shared__ int32_t shared[];
+    extern __shared__ int2 shared[];
+    int32_t *const counts = (int32_t *)shared;
     moe_grid_launch_dependents();
     moe_grid_wait();
-    const int64_t pairs = args.tokens * args.slots, begin = blockIdx.x * range;
-    count_pairs(args, begin, begin + range < pairs ? begin + range : pairs, shared);
-    for (int g = threadIdx.x; g < args.groups; g += THREADS)
-        ((int32_t *)args.scratch)[(int64_t)blockIdx.x * args.groups + g] = shared[g];
+    set_zeroed(args);
+    count_pairs(pairs_of_block<false>(args, range, NULL), counts);
+    for (int g = threadIdx.x; g < args.groups; g += blockDim.x)
+        ((int32_t *)args.scratch)[(int64_t)blockIdx.x * args.groups + g] = counts[g];
 }
 
 // The counts of all blocks added up, for group g of this thread: `sum` of all, `before` of those before this block.
@@ -186,44 +424,17 @@ __device__ inline void add_counts(const moe_plan_args &args, int g, int32_t &sum
     }
 }
 
-// ALONE: the only block, which counts by itself.
-template <bool ALONE>
 __global__ void __launch_bounds__(THREADS, 1) plan_place(const moe_plan_args args, int64_t range, int ranking)
 {
-    extern __shared__ int32_t shared[];
+    extern __shared__ int2 shared[];
+    const tile_counters counters = {args.groups, ranking, (int32_t *)shared,
+                                    (uint16_t *)((int32_t *)shared + args.groups)};
     moe_grid_launch_dependents();
     moe_grid_wait();
-
-    const int groups = args.groups;
-    const int64_t pairs = args.tokens * args.slots;
-    const int64_t begin = blockIdx.x * range, end = begin + range < pairs ? begin + range : pairs;
-    if (ALONE)
-        count_pairs(args, begin, end, shared);
-
-    int32_t next[PER_THREAD] = {}, rows = 0;
-#pragma unroll
-    for (int k = 0; k < PER_THREAD; k++) {
-        if (k * THREADS >= groups)
-            break;
-        const int g = k * THREADS + threadIdx.x;
-        int32_t count = 0, before = 0, sum;
-        if (g < groups) {
-            if (ALONE)
-                count = shared[g];
-            else
-                add_counts(args, g, count, before);
-        }
-        const int32_t offset = rows + scan_block(count, sum);
-        rows += sum;
-        next[k] = offset + before;
-        if (blockIdx.x == 0 && g < groups) {
-            args.plan.counts[g] = count;
-            args.plan.offsets[g] = offset;
-        }
-    }
-    if (blockIdx.x == 0 && threadIdx.x == 0)
-        args.plan.offsets[groups] = rows;
-    place_pairs(args, begin, end, ranking, next, shared, (uint16_t *)(shared + groups));
+    int32_t next[PER_THREAD] = {};
+    begin_rows(
+        args, [&](int g, int32_t &count, int32_t &before) { add_counts(args, g, count, before); }, next);
+    place_tiles(pairs_of_block<false>(args, range, NULL), counters, next);
 }
 
 } // namespace
@@ -232,23 +443,41 @@ __global__ void __launch_bounds__(THREADS, 1) plan_place(const moe_plan_args arg
 moe_status moe_plan_cuda(const struct moe_plan_args *args, const struct moe_gpu *gpu)
 {
     const int64_t pairs = args->tokens * args->slots;
-    const int ranking = ranking_warps(args->groups);
-    const size_t first_bytes = args->groups * sizeof(int32_t);
-    const size_t shared = first_bytes + (size_t)(ranking * args->groups + 1) / 2 * sizeof(uint32_t);
-    if (pairs <= ALONE_PAIRS) {
-        moe_launch(plan_place<true>, 1, THREADS, shared, gpu->stream, gpu->dependent, *args, pairs, ranking);
-        return moe_launched(NULL, "plan_place");
+    const int blocks = pairs <= THREADS ? 1 : most_blocks(*gpu);
+    if (pairs <= blocks * WHOLE_PAIRS) {
+        const int64_t range = moe_ceil_div(pairs, blocks);
+        const layout shared = lay_out(args->groups, range, 0, zeroing_threads(*args, blocks), THREADS);
+        launch_whole<0>(moe_gate_args(), *args, blocks, range, shared, *gpu);
+        return moe_launched(NULL, "plan_whole");
     }
 
     // A whole number of MOE_PLAN_BLOCK pairs each, so that there are no more blocks than the scratch has room for.
     const int64_t parts = moe_ceil_div(pairs, MOE_PLAN_BLOCK);
     const int64_t most = gpu->max_sms > 0 && gpu->max_sms < MAX_BLOCKS ? gpu->max_sms : MAX_BLOCKS;
     const int64_t range = MOE_PLAN_BLOCK * moe_ceil_div(parts, most);
-    const unsigned blocks = (unsigned)moe_ceil_div(pairs, range);
-    moe_launch(plan_count, blocks, THREADS, first_bytes, gpu->stream, gpu->dependent, *args, range);
+    const unsigned grid = (unsigned)moe_ceil_div(pairs, range);
+    const layout shared = lay_out(args->groups, range, 0, THREADS, THREADS);
+    moe_launch(plan_count, grid, THREADS, args->groups * sizeof(int32_t), gpu->stream, gpu->dependent, *args, range);
     const moe_status status = moe_launched(NULL, "plan_count");
     if (status != MOE_OK)
         return status;
-    moe_launch(plan_place<false>, blocks, THREADS, shared, gpu->stream, gpu->dependent, *args, range, ranking);
+    moe_launch(plan_place, grid, THREADS, shared.bytes, gpu->stream, gpu->dependent, *args, range, shared.ranking);
     return moe_launched(NULL, "plan_place");
+}
+
+moe_status moe_topk_plan_cuda(const struct moe_gate_args *gate, const struct moe_plan_args *args,
+                              const struct moe_gpu *gpu)
+{
+    const int blocks = gate->tokens <= ALONE_TOKENS ? 1 : most_blocks(*gpu);
+    if (gate->tokens == 0 || gate->tokens > blocks * CHOOSING_TOKENS || gate->experts > CHOOSING_EXPERTS ||
+        args->groups > CHOOSING_EXPERTS) {
+        const moe_status status = moe_topk_cuda(gate, gpu);
+        return status == MOE_OK ? moe_plan_cuda(args, gpu) : status;
+    }
+    const int64_t tokens = moe_ceil_div(gate->tokens, blocks), range = tokens * args->slots;
+    const int64_t work = std::max(32 * tokens, zeroing_threads(*args, blocks));
+    const layout shared = lay_out(args->groups, range, range, work, CHOOSING_THREADS);
+    moe_with_experts_a_lane<CHOOSING_EXPERTS / 32>(
+        gate->experts, [&](auto per) { launch_whole<per.value>(*gate, *args, blocks, range, shared, *gpu); });
+    return moe_launched(NULL, "plan_whole");
 }

@@ -28,6 +28,8 @@ void moe_plan_ref(const struct moe_plan_args *args)
     const struct moe_plan *plan = &args->plan;
     int64_t pairs = args->tokens * args->slots;
 
+    if (args->zeroed_bytes > 0)
+        memset(args->zeroed, 0, args->zeroed_bytes);
     memset(plan->counts, 0, (size_t)args->groups * sizeof plan->counts[0]);
     for (int64_t i = 0; i < pairs; i++) {
         int32_t group = group_of(args, i);

@@ -71,7 +71,9 @@ struct moe_plan_args {
     moe_dtype ids_dtype;         /* MOE_I32 or MOE_I64 */
     const float *weights;        /* [T, S] */
     struct moe_plan plan;
-    void *scratch; /* moe_plan_scratch_bytes, on the device that runs it */
+    void *scratch;       /* moe_plan_scratch_bytes, on the device that runs it */
+    void *zeroed;        /* memory of the step that comes next, which the plan sets to zero: one launch less */
+    size_t zeroed_bytes; /* a multiple of 16; zeroed is aligned to 16 */
 };
 
 /* The CUDA form counts ranges of at least this many (token, slot) pairs, each by itself: its scratch is int32
@@ -82,6 +84,11 @@ enum { MOE_PLAN_BLOCK = 1024 };
 size_t moe_plan_scratch_bytes(int64_t tokens, int32_t slots, int32_t groups);
 void moe_plan_ref(const struct moe_plan_args *args);
 moe_status moe_plan_cuda(const struct moe_plan_args *args, const struct moe_gpu *gpu);
+
+/* moe_topk_cuda, then moe_plan_cuda of its ids and weights (args->ids, of type MOE_I32, and weights are gate's, slots
+ * is its top_k), to the same bits: for few tokens in one launch. */
+moe_status moe_topk_plan_cuda(const struct moe_gate_args *gate, const struct moe_plan_args *args,
+                              const struct moe_gpu *gpu);
 
 #ifdef __cplusplus
 }

@@ -151,6 +151,7 @@ moe_status moe_call_prepare(struct moe_call *call, const moe_layer *layer, const
     moe_call_shape(call, layer, batch->tokens, slots, batch->dtype);
     call->stream = stream;
     call->error = err;
+    call->stages = stages;
     call->max_sms = batch->max_sms;
     /* A table's configurations were measured on all SMs; on fewer the path knows better. */
     call->config = batch->config != 0 ? batch->config : batch->max_sms == 0 ? choice.config : 0;

@@ -18,7 +18,7 @@ static moe_status check_grouped(const char *name, const moe_layer_desc *desc, st
 }
 
 /* Its copies move 16 bytes of a row at a time, and packed weights interleave gate and up in groups of eight rows. */
-static moe_status check_prefill(const char *name, const moe_layer_desc *desc, struct moe_error *why)
+static moe_status check_fused(const char *name, const moe_layer_desc *desc, struct moe_error *why)
 {
     if (desc->dtype != MOE_BF16 && desc->dtype != MOE_F16)
         return moe_fail(why, MOE_ERROR_UNSUPPORTED, "path '%s' needs weights in bf16 or f16; these are in %s", name,
@@ -54,7 +54,7 @@ static moe_status available(const moe_context *ctx, const struct moe_path_info *
     if (desc == NULL)
         return MOE_OK;
     return info->path == MOE_PATH_CUBLAS_GROUPED ? check_grouped(name, desc, why)
-           : info->path == MOE_PATH_PREFILL      ? check_prefill(name, desc, why)
+           : info->layouts & MOE_LAYOUT_PACKED   ? check_fused(name, desc, why)
                                                  : MOE_OK;
 }
 
@@ -87,15 +87,34 @@ moe_status moe_path_available(const moe_context *ctx, moe_path path, const moe_l
     return status == MOE_ERROR_INVALID_ARGUMENT ? moe_context_report((moe_context *)ctx, status, &why) : status;
 }
 
-/* What `auto` takes where no measurement says better. */
-static moe_path formula_path(const moe_layer *layer)
+/* Up to how many tokens `auto` takes decode. On compute capability 9.0 prefill reads as fast as decode once its items, of
+ * 256 weight rows each, are enough for all SMs to end together; GEMM 2's, the longest, are the fewest. Elsewhere decode
+ * multiplies small tiles where prefill pads them. Measured on an H200, the second part not at all: `moe tune` knows. */
+static int64_t decode_most(const moe_layer *layer)
+{
+    enum { ITEM_ROWS = 256, ITEMS_PER_SM = 2, ROWS = 48 /* of an expert on average */ };
+    const moe_layer_desc *desc = &layer->desc;
+    const struct moe_exec *exec = &layer->ctx->exec;
+    if (exec->compute_capability == 90)
+        return ITEMS_PER_SM * (int64_t)exec->sms / (desc->top_k * ((desc->hidden_size + ITEM_ROWS - 1) / ITEM_ROWS));
+    return (int64_t)ROWS * desc->num_experts / desc->top_k;
+}
+
+/* What `auto` takes where no measurement says better, for which counts from *least on. */
+static moe_path formula_path(const moe_layer *layer, int64_t tokens, int64_t *least)
 {
     const moe_context *ctx = layer->ctx;
+    *least = 0;
     if (ctx->info.device != MOE_DEVICE_CUDA)
         return MOE_PATH_CPU;
-    const struct moe_path_info *prefill = moe_path_info_get(MOE_PATH_PREFILL);
-    return available(ctx, prefill, &layer->desc, layer->weights.layout, NULL) == MOE_OK ? MOE_PATH_PREFILL
-                                                                                        : MOE_PATH_SIMPLE;
+    /* What keeps one of these two from a layer keeps the other from it too. */
+    if (available(ctx, moe_path_info_get(MOE_PATH_PREFILL), &layer->desc, layer->weights.layout, NULL) != MOE_OK)
+        return MOE_PATH_SIMPLE;
+    const int64_t most = decode_most(layer);
+    if (tokens <= most)
+        return MOE_PATH_DECODE;
+    *least = most + 1;
+    return MOE_PATH_PREFILL;
 }
 
 moe_status moe_choose(const moe_layer *layer, moe_path wanted, int64_t tokens, struct moe_choice *choice,
@@ -103,13 +122,17 @@ moe_status moe_choose(const moe_layer *layer, moe_path wanted, int64_t tokens, s
 {
     const struct moe_tuned_entry *entry = moe_tuned_find(&layer->ctx->tuned, &layer->desc, layer->weights.layout);
     const struct moe_tuned_point *point = entry != NULL ? moe_tuned_at(entry, tokens) : NULL;
-    moe_path path = wanted != MOE_PATH_AUTO ? wanted : point != NULL ? point->path : formula_path(layer);
-    *choice = (struct moe_choice){.path = moe_path_info_get(path)};
+    int64_t least = 0;
+    moe_path path = wanted;
+    if (wanted == MOE_PATH_AUTO)
+        path = point != NULL ? point->path : formula_path(layer, tokens, &least);
+    *choice = (struct moe_choice){.path = moe_path_info_get(path), .least = least};
     if (choice->path == NULL)
         return no_such_path(wanted, err);
     if (point != NULL && point->path == path) {
         choice->tuned = point;
         choice->config = point->config;
+        choice->least = point->tokens;
     }
     if (wanted == MOE_PATH_AUTO) /* a table was checked when it was read */
         return MOE_OK;

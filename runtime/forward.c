@@ -86,8 +86,10 @@ moe_status moe_workspace_size(const moe_layer *layer, const moe_limits *limits, 
     if (!moe_struct_ok(limits, sizeof *limits, "moe_limits", &err) ||
         !moe_rows_ok(limits->max_tokens, limits->top_k != 0 ? limits->top_k : desc->top_k, &err))
         return moe_context_report(layer->ctx, MOE_ERROR_INVALID_ARGUMENT, &err);
-    /* The path that auto takes for fewer tokens may need more: each point of the table counts, at its last token. */
-    for (int64_t tokens = limits->max_tokens; tokens >= 0;) {
+    /* The path that auto takes for fewer tokens may need more: each choice counts, at its last token. A batch of none
+     * needs nothing. */
+    int64_t tokens = limits->max_tokens;
+    do {
         moe_status status = moe_choose(layer, limits->path, tokens, &choice, &err);
         if (status != MOE_OK)
             return moe_context_report(layer->ctx, status, &err);
@@ -96,7 +98,7 @@ moe_status moe_workspace_size(const moe_layer *layer, const moe_limits *limits, 
         moe_call_shape(&call, layer, tokens, limits->top_k != 0 ? limits->top_k : desc->top_k, MOE_BF16);
         size_t needed = moe_workspace_carve(&call, choice.path, NULL);
         *bytes = needed > *bytes ? needed : *bytes;
-        tokens = choice.tuned != NULL ? choice.tuned->tokens - 1 : -1;
-    }
+        tokens = choice.least - 1;
+    } while (tokens > 0);
     return MOE_OK;
 }

@@ -100,6 +100,7 @@ struct moe_path_info {
     unsigned needs;
     moe_dtype gate_up_dtype, act_dtype, down_dtype; /* MOE_DTYPE_NONE: the layer's */
     size_t (*scratch)(const struct moe_call *call); /* NULL: none; looks at shapes only */
+    size_t (*zeroed)(const struct moe_call *call);  /* of it, the first bytes that the plan sets to zero; NULL: none */
     const char *(*config_name)(int32_t config);     /* from 1 until it is NULL; NULL: one way to run */
     int32_t (*config)(const struct moe_call *call); /* that a call without one gets; reads shapes, max_sms and exec */
     /* whether such a device can run one, in this build: MOE_OK, or MOE_ERROR_UNSUPPORTED and why not */
@@ -117,6 +118,7 @@ struct moe_choice {
     const struct moe_path_info *path;
     int32_t config; /* of the path for batches on all SMs, by the table; 0: the path's own choice for the batch */
     const struct moe_tuned_point *tuned; /* what the table says for the path and this many tokens; NULL: nothing */
+    int64_t least; /* tokens: so few, and all counts from there to the one asked about, get the same */
 };
 
 /* What a batch of `tokens` runs on, by the context's table, or where that says nothing by the formula. Shapes, dtype

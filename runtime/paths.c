@@ -60,17 +60,19 @@ static moe_status logits_cuda(const struct moe_call *call)
     return status == MOE_OK ? status : moe_fail(call->error, status, "the gate's kernel could not be launched");
 }
 
+/* Where both run they are one step, which can do with one launch: the first does the other's work as well. */
 static moe_status topk_cuda(const struct moe_call *call)
 {
     const struct moe_gpu gpu = gpu_of(call);
-    moe_status status = moe_topk_cuda(&call->gate, &gpu);
+    moe_status status = call->stages & MOE_STAGE_PLAN ? moe_topk_plan_cuda(&call->gate, &call->plan, &gpu)
+                                                      : moe_topk_cuda(&call->gate, &gpu);
     return status == MOE_OK ? status : moe_fail(call->error, status, "the top-k kernel could not be launched");
 }
 
 static moe_status plan_cuda(const struct moe_call *call)
 {
     const struct moe_gpu gpu = gpu_of(call);
-    moe_status status = moe_plan_cuda(&call->plan, &gpu);
+    moe_status status = call->stages & MOE_STAGE_TOPK ? MOE_OK : moe_plan_cuda(&call->plan, &gpu);
     return status == MOE_OK ? status : moe_fail(call->error, status, "the plan's kernels could not be launched");
 }
 
@@ -121,6 +123,13 @@ static const struct moe_step prefill_steps[] = {
     ROUTE_CUDA,
     {"ffn", MOE_STAGE_GATHER | MOE_STAGE_GEMM1 | MOE_STAGE_ACTIVATION | MOE_STAGE_GEMM2, moe_ffn_prefill},
     {"combine", MOE_STAGE_COMBINE, moe_combine_cuda},
+    {NULL, 0, NULL},
+};
+
+static const struct moe_step decode_steps[] = {
+    ROUTE_CUDA,
+    {"ffn", MOE_STAGE_GATHER | MOE_STAGE_GEMM1 | MOE_STAGE_ACTIVATION | MOE_STAGE_GEMM2, moe_ffn_decode},
+    {"combine", MOE_STAGE_COMBINE, moe_combine_planned_cuda},
     {NULL, 0, NULL},
 };
 
@@ -182,12 +191,19 @@ static const struct moe_path_info paths[MOE_PATH_COUNT] = {
     [MOE_PATH_DECODE] = {.path = MOE_PATH_DECODE,
                          .device = MOE_DEVICE_CUDA,
                          .layouts = ANY_LAYOUT,
-                         .why_not = "not in this version"},
+                         .needs = MOE_NEED_ACT | MOE_NEED_DOWN,
+                         .scratch = CUDA_ONLY(moe_scratch_decode),
+                         .zeroed = CUDA_ONLY(moe_zeroed_decode),
+                         .config_name = CUDA_ONLY(moe_decode_config_name),
+                         .config = CUDA_ONLY(moe_decode_config),
+                         .config_check = CUDA_ONLY(moe_decode_config_check),
+                         CUDA_STEPS(decode_steps)},
     [MOE_PATH_PREFILL] = {.path = MOE_PATH_PREFILL,
                           .device = MOE_DEVICE_CUDA,
                           .layouts = ANY_LAYOUT,
                           .needs = MOE_NEED_ACT | MOE_NEED_DOWN,
                           .scratch = CUDA_ONLY(moe_scratch_prefill),
+                          .zeroed = CUDA_ONLY(moe_zeroed_prefill),
                           .config_name = CUDA_ONLY(moe_prefill_config_name),
                           .config = CUDA_ONLY(moe_prefill_config),
                           .config_check = CUDA_ONLY(moe_prefill_config_check),

@@ -71,5 +71,7 @@ size_t moe_workspace_carve(struct moe_call *call, const struct moe_path_info *pa
 
     call->scratch_bytes = path->scratch != NULL ? path->scratch(call) : 0;
     call->scratch = take(&arena, call->scratch_bytes, 1);
+    call->plan.zeroed = call->scratch;
+    call->plan.zeroed_bytes = path->zeroed != NULL ? path->zeroed(call) : 0;
     return arena.used;
 }

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* moe bench: times the layer on every path over token counts, against ceilings measured in between; or its loading. */
+/* moe bench: times the layer on every path over token counts, against ceilings measured in between, by itself or as the
+ * layers of a model that decodes; or its loading. */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -10,7 +11,7 @@ struct bench {
     const char *tokens, *paths, *layouts, *configs, *max_sms;
     int64_t reps;
     double seconds;
-    bool load, json, csv;
+    bool load, decode, json, csv;
     struct cli_target target;
     struct bench_plan plan;
 
@@ -23,7 +24,9 @@ struct bench {
     struct bench_meter *meter;
 };
 
+#define DECODE_TOKENS "1,2,4,8,16,32,64,128,256"
 static const char *const routings[] = {"uniform", "zipf", "single", NULL};
+enum { ANY_ROUTING = -1 };
 
 /* ---- The command line ---- */
 
@@ -31,8 +34,10 @@ static int check_options(const struct bench *b)
 {
     if (b->json && b->csv)
         return cli_fail(CLI_EXIT_USAGE, "bench: --json and --csv exclude each other");
-    if (b->source.model && b->source.routing != BENCH_UNIFORM)
+    if (b->source.model && b->source.routing > BENCH_UNIFORM)
         return cli_fail(CLI_EXIT_USAGE, "bench: --routing is the checkpoint's own with --model");
+    if (b->decode && (b->load || b->plan.stages))
+        return cli_fail(CLI_EXIT_USAGE, "bench: %s is not for --decode", b->load ? "--load" : "--stages");
     if (!b->source.model && b->load)
         return cli_fail(CLI_EXIT_USAGE, "bench: --load needs --model");
     if (b->load &&
@@ -46,13 +51,17 @@ static int check_options(const struct bench *b)
 static void set_defaults(struct bench *b)
 {
     if (!b->tokens)
-        b->tokens = BENCH_TOKENS;
+        b->tokens = b->decode ? DECODE_TOKENS : BENCH_TOKENS;
     if (!b->paths)
-        b->paths = "all";
+        b->paths = b->decode ? "auto" : "all";
     if (b->reps == 0)
-        b->reps = b->load ? 5 : 20;
+        b->reps = b->load ? 5 : b->decode ? 100 : 20;
     if (b->seconds == 0)
         b->seconds = 5;
+    /* Without --decode one routing is enough, and a checkpoint has but its own. */
+    if (b->source.routing == ANY_ROUTING && (!b->decode || b->source.model))
+        b->source.routing = BENCH_UNIFORM;
+    b->plan.chain = b->decode;
 }
 
 static int parse_options(struct bench *b, int argc, char **argv)
@@ -63,12 +72,12 @@ static int parse_options(struct bench *b, int argc, char **argv)
          .kind = CLI_STRING,
          .value = &b->tokens,
          .argument = "LIST",
-         .help = "token counts (default 1,2,4,... 16384)"},
+         .help = "token counts (default 1,2,4,... 16384, with --decode 256)"},
         {.name = "paths",
          .kind = CLI_STRING,
          .value = &b->paths,
          .argument = "LIST",
-         .help = "paths by name, or all (default)"},
+         .help = "paths by name, or all (default; with --decode auto)"},
         {.name = "layouts",
          .kind = CLI_STRING,
          .value = &b->layouts,
@@ -84,13 +93,14 @@ static int parse_options(struct bench *b, int argc, char **argv)
          .value = &b->max_sms,
          .argument = "LIST",
          .help = "also auto, and paths with configurations, on so many SMs"},
+        {.name = "decode", .kind = CLI_FLAG, .value = &b->decode, .help = "time few tokens as a model runs them"},
         {.name = "load", .kind = CLI_FLAG, .value = &b->load, .help = "time loading the layer of --model instead"},
         {.name = "stages", .kind = CLI_FLAG, .value = &b->plan.stages, .help = "also the router and the experts alone"},
         {.name = "routing",
          .kind = CLI_CHOICE,
          .value = &b->source.routing,
          .argument = "R",
-         .help = "uniform (default), zipf, or single: all tokens to the same experts",
+         .help = "uniform (default), zipf, or single: all to the same experts; with --decode all three",
          .choices = routings},
         CLI_DEVICE_OPTION(b->target),
         CLI_THREADS_OPTION(b->target),
@@ -98,7 +108,7 @@ static int parse_options(struct bench *b, int argc, char **argv)
          .kind = CLI_INTEGER,
          .value = &b->reps,
          .argument = "N",
-         .help = "samples of each path and point (default 20), or loads (default 5)",
+         .help = "samples of each path and point (default 20, with --decode 100), or loads (5)",
          .low = 1,
          .high = 100000},
         {.name = "seconds",
@@ -115,6 +125,7 @@ static int parse_options(struct bench *b, int argc, char **argv)
         .examples = "  moe bench\n"
                     "  moe bench --like qwen3-30b-a3b --tokens 1,16,256 --device cpu\n"
                     "  moe bench --model Mixtral-8x7B-v0.1 --layer 3 --paths simple,cublas-loop --json\n"
+                    "  moe bench --decode --like qwen3-30b-a3b --paths decode,prefill\n"
                     "  moe bench --load --model Mixtral-8x7B-v0.1\n"
                     "  moe bench --shape 4096,1536,64,6 --routing zipf --csv\n"
                     "  moe bench --paths auto,prefill --layouts packed,row-major --configs all --max-sms 66,99,120\n",
@@ -127,11 +138,18 @@ static int parse_options(struct bench *b, int argc, char **argv)
         "would take over 10 s at a point is skipped.\n"
         "On a GPU a sample is a CUDA graph; paths that wait for the host are launched as they are.\n"
         "\n"
+        "--decode times whole layers at few tokens in two ways: one alone, as above, and one in a chain, as a\n"
+        "model runs it: 32 layers one after the other (on a GPU, in one graph), whose time is divided by 32.\n"
+        "The layers of the chain have copies of the weights, as many as fill half of the memory, and send\n"
+        "the same tokens to other experts, so that the weights come from memory each time. Both are given\n"
+        "as median and 99th percentile, in microseconds, and as share of the floor, in percent.\n"
+        "\n"
         "--load times loading a layer, and in turns with it a plain read: a loop of pread over the same\n"
         "bytes by one thread, into fresh memory like the layer's; for a GPU, into a host buffer of 16 MiB\n"
         "and copied from there. All is read once before, so that both find it in the page cache.\n"};
     b->source.command = "bench";
     b->source.layer = -1;
+    b->source.routing = ANY_ROUTING;
     int code = cli_parse(&usage, options, argc, argv);
     if (code == CLI_GO)
         code = check_options(b);
@@ -167,6 +185,20 @@ static int open_context(struct bench *b)
     return code;
 }
 
+/* For --decode: the chain, in the layouts that the meter's runs read. */
+static int make_chain(struct bench *b)
+{
+    bool layouts[BENCH_LAYOUTS] = {false};
+    const struct bench_result *result;
+    struct moe_error err = {{0}};
+    for (int i = 0; (result = bench_meter_result(b->meter, i)) != NULL; i++)
+        layouts[result->run.layout] = true;
+    int code = bench_settle(b->ctx, bench_chain_create(&b->workload, layouts, &err), &err);
+    if (code == CLI_GO)
+        bench_report_chain(b->report, &b->workload);
+    return code;
+}
+
 static int set_up(struct bench *b)
 {
     int code = open_context(b);
@@ -174,19 +206,22 @@ static int set_up(struct bench *b)
         code = bench_source_open(&b->source, b->ctx, &b->workload);
     if (code == CLI_GO)
         code = pack_layer(b);
+    bool biased = b->source.routing != BENCH_UNIFORM; /* also for all routings in turn */
     if (code == CLI_GO)
-        code = bench_settle(b->ctx,
-                            bench_workload_tokens(&b->workload, b->counts.tokens[b->counts.count - 1],
-                                                  (enum bench_routing)b->source.routing),
+        code = bench_settle(b->ctx, bench_workload_tokens(&b->workload, b->counts.tokens[b->counts.count - 1], biased),
                             NULL);
     if (code == CLI_GO)
         code = bench_machine_open(b->ctx, &b->machine);
     if (code != CLI_GO)
         return code;
     enum bench_format format = b->json ? BENCH_JSON : b->csv ? BENCH_CSV : BENCH_TABLE;
-    b->report = bench_report_open(format, &b->workload, b->source.title, routings[b->source.routing], b->machine);
+    const char *routing = b->decode ? NULL : routings[b->source.routing];
+    b->report = bench_report_open(format, &b->workload, b->source.title, routing, b->machine);
     b->meter = bench_meter_open(&b->workload, b->machine, b->reps, b->seconds);
-    return b->report && b->meter ? bench_plan_add(&b->plan, &b->workload, b->meter, b->report) : cli_fail_memory();
+    if (!b->report || !b->meter)
+        return cli_fail_memory();
+    code = bench_plan_add(&b->plan, &b->workload, b->meter, b->report);
+    return code == CLI_GO && b->decode ? make_chain(b) : code;
 }
 
 /* What --load does. */
@@ -208,14 +243,38 @@ static int time_loading(struct bench *b)
                : code;
 }
 
-/* Every point, against the ceilings. */
-static int time_points(struct bench *b)
+/* Every token count, against the ceilings. */
+static int time_counts(struct bench *b)
 {
-    int code = set_up(b);
+    int code = CLI_GO;
     for (int i = 0; code == CLI_GO && i < b->counts.count; i++) {
         struct moe_error err = {{0}};
         code = bench_settle(b->ctx, bench_meter_point(b->meter, b->counts.tokens[i], b->report, &err), &err);
     }
+    return code;
+}
+
+/* What --decode does: every token count with every routing asked for. */
+static int time_decode(struct bench *b)
+{
+    int code = CLI_GO;
+    for (int routing = BENCH_UNIFORM; code == CLI_GO && routings[routing]; routing++) {
+        if (b->source.routing != ANY_ROUTING && b->source.routing != routing)
+            continue;
+        if (b->source.routing == ANY_ROUTING)
+            code = bench_settle(b->ctx, bench_workload_route(&b->workload, (enum bench_routing)routing), NULL);
+        bench_report_routing(b->report, b->source.model ? "model" : routings[routing]);
+        if (code == CLI_GO)
+            code = time_counts(b);
+    }
+    return code;
+}
+
+static int time_points(struct bench *b)
+{
+    int code = set_up(b);
+    if (code == CLI_GO)
+        code = b->decode ? time_decode(b) : time_counts(b);
     if (b->report) {
         int printed = bench_report_close(b->report, code == CLI_GO);
         code = code == CLI_GO ? printed : code;

@@ -11,7 +11,7 @@
 /* What is faster by less than this share may be so by chance, and then the formula's choice stays. */
 static const double least_gain = 0.01;
 
-enum { MAX_SAMPLES = 50 };
+enum { MAX_SAMPLES = 50, MAX_POINTS = 2 * BENCH_MAX_POINTS };
 
 struct tune {
     struct bench_source source;
@@ -28,8 +28,8 @@ struct tune {
     struct bench_workload workload;
     moe_layout layout; /* in which the layer would be loaded */
     struct bench_machine *machine;
-    struct bench_meter *meter; /* its runs are the candidates */
-    struct moe_tuned_point points[BENCH_MAX_POINTS];
+    struct bench_meter *meter;                 /* its runs are the candidates */
+    struct moe_tuned_point points[MAX_POINTS]; /* the entry's */
     struct moe_tuned_entry entry;
     cJSON *root, *json_points;
 };
@@ -72,7 +72,9 @@ static int parse_options(struct tune *t, int argc, char **argv)
         "\n"
         "Every path and configuration that can run the layer without waiting for the host is timed at each\n"
         "count, as in 'moe bench': in turns, with cold caches, on a GPU as CUDA graphs. The fastest one holds\n"
-        "from its count up to the next; the formula's choice stays where nothing is 1 % faster.\n"
+        "from its count up to the next; the formula's choice stays where nothing is 1 % faster. Where the path\n"
+        "changes from one count to the next, counts in between are measured too, until the change is known\n"
+        "to a tenth.\n"
         "\n"
         "The table is for one device: its name, compute capability and SMs (on a CPU, threads). Wherever the\n"
         "environment variable MOE_TUNED names it, for the other commands and any program with the library,\n"
@@ -150,12 +152,13 @@ static int set_up(struct tune *t)
     if (status == MOE_OK && t->layout == MOE_LAYOUT_PACKED)
         status = bench_workload_pack(&t->workload);
     if (status == MOE_OK)
-        status = bench_workload_tokens(&t->workload, t->counts.tokens[t->counts.count - 1], BENCH_UNIFORM);
+        status = bench_workload_tokens(&t->workload, t->counts.tokens[t->counts.count - 1], false);
     code = bench_settle(t->ctx, status, &err);
     if (code == CLI_GO)
         code = bench_machine_open(t->ctx, &t->machine);
     if (code != CLI_GO)
         return code;
+    t->entry.points = t->points;
     t->meter = bench_meter_open(&t->workload, t->machine, MAX_SAMPLES, t->seconds);
     return t->meter ? add_candidates(t) : cli_fail_memory();
 }
@@ -273,6 +276,17 @@ static int end_report(struct tune *t)
 
 /* ---- Measuring ---- */
 
+/* Puts a choice into its place among the points. */
+static void keep(struct tune *t, int64_t tokens, const struct bench_run *run)
+{
+    const char *config = moe_path_config_name(run->path, run->config);
+    struct moe_tuned_point *point = &t->points[t->entry.count++];
+    for (; point > t->points && point[-1].tokens > tokens; point--)
+        *point = point[-1];
+    *point = (struct moe_tuned_point){.tokens = tokens, .path = run->path};
+    snprintf(point->name, sizeof point->name, "%s", config ? config : "");
+}
+
 /* Judges the meter's last point, and keeps what is to be written. */
 static int judge(struct tune *t, int64_t tokens)
 {
@@ -294,13 +308,8 @@ static int judge(struct tune *t, int64_t tokens)
         v.chosen = v.by_formula;
     if (v.by_formula)
         v.gain = 1 - v.chosen->time.median / v.by_formula->time.median;
-    if (v.chosen) {
-        struct moe_tuned_point *point = &t->points[t->entry.count++];
-        const char *config = moe_path_config_name(v.chosen->run.path, v.chosen->run.config);
-        point->tokens = tokens;
-        point->path = v.chosen->run.path;
-        snprintf(point->name, sizeof point->name, "%s", config ? config : "");
-    }
+    if (v.chosen)
+        keep(t, tokens, &v.chosen->run);
     if (t->json)
         json_point(t, &v);
     else
@@ -308,18 +317,28 @@ static int judge(struct tune *t, int64_t tokens)
     return CLI_GO;
 }
 
+static int measure_count(struct tune *t, int64_t tokens)
+{
+    struct moe_error err = {{0}};
+    int code = bench_settle(t->ctx, bench_meter_point(t->meter, tokens, NULL, &err), &err);
+    return code == CLI_GO ? judge(t, tokens) : code;
+}
+
+/* The counts asked for, then those that say where the path changes. */
 static int measure(struct tune *t)
 {
     int code = CLI_GO;
     begin_report(t);
     for (int i = 0; code == CLI_GO && i < t->counts.count; i++) {
-        struct moe_error err = {{0}};
-        int64_t tokens = t->counts.tokens[i];
-        if (i > 0 && tokens == t->counts.tokens[i - 1])
-            continue;
-        code = bench_settle(t->ctx, bench_meter_point(t->meter, tokens, NULL, &err), &err);
-        if (code == CLI_GO)
-            code = judge(t, tokens);
+        if (i == 0 || t->counts.tokens[i] != t->counts.tokens[i - 1])
+            code = measure_count(t, t->counts.tokens[i]);
+    }
+    int32_t known = 0; /* points before the last count: one at which nothing could be timed is the last */
+    int64_t tokens;
+    while (code == CLI_GO && t->entry.count > known && t->entry.count < MAX_POINTS &&
+           (tokens = moe_tuned_between(&t->entry)) != 0) {
+        known = t->entry.count;
+        code = measure_count(t, tokens);
     }
     return code;
 }
@@ -336,7 +355,6 @@ static int write_table(struct tune *t)
     t->entry.top_k = d->top_k;
     t->entry.dtype = d->dtype;
     t->entry.layout = t->layout;
-    t->entry.points = t->points;
     if (moe_tuned_set(&t->table, &t->entry) != MOE_OK)
         return cli_fail_memory();
     moe_status status = moe_tuned_write(&t->table, t->file, &err);

@@ -52,7 +52,7 @@ static bool path_runs(const struct machine *machine, moe_path path, const moe_la
             return true;
         }
     }
-    if (machine->gpu_count == 0 && path != MOE_PATH_DECODE)
+    if (machine->gpu_count == 0)
         snprintf(reason, bytes, "%s", machine->why_no_more);
     return false;
 }

@@ -106,7 +106,7 @@ typedef enum moe_device {
 } moe_device;
 
 /*
- * A path is one way to run the layer. Results of one path are the same bits from run to run on the same device.
+ * A path is one way to run the layer. The same batch gives the same bits from run to run on one path and device.
  *
  *   reference       plain C, one thread; what every other path is checked against
  *   cpu             all cores, AVX2 or AVX-512 by what the machine has
@@ -114,15 +114,15 @@ typedef enum moe_device {
  *   cublas-grouped  CUDA: cublasGemmGroupedBatchedEx                             (1)
  *   padded          CUDA: every expert padded to the largest count, strided batch (1)
  *   simple          CUDA: our readable grouped GEMM, one launch for all experts
- *   decode          CUDA: few tokens, bound by reading weights                   (2)
- *   prefill         CUDA: our fast grouped GEMM, for many tokens                 (3)
+ *   decode          CUDA: for few tokens, bound by reading weights               (2)
+ *   prefill         CUDA: our fast grouped GEMM, for many tokens                 (2)
  *
  * (1) reads the counts on the host: it waits for the stream, and returns MOE_ERROR_CAPTURE while the stream
  *     is being captured. `auto` never picks it.
- * (2) not in this version: asking for it returns MOE_ERROR_UNSUPPORTED.
- * (3) weights in bf16 or f16, packed or row-major; hidden_size and intermediate_size are multiples of 8. Can be
- *     captured, as `simple` can. On CUDA `auto` takes it wherever it can run, in this version for few tokens too,
- *     unless a tuned table says otherwise; else `simple`. All other paths read row-major weights only (see moe_layout).
+ * (2) weights in bf16 or f16, packed or row-major; hidden_size and intermediate_size are multiples of 8. Can be
+ *     captured, as `simple` can. Unless a tuned table says otherwise, `auto` on CUDA takes one of these two wherever
+ *     they can run, decode up to a number of tokens that follows from device and shape; else `simple`. All other paths
+ *     read row-major weights only (see moe_layout).
  */
 #define MOE_PATH_MAP(X)                                                                                      \
     X(MOE_PATH_AUTO, 0, "auto")                                                                              \
@@ -295,8 +295,8 @@ MOE_API moe_status moe_checkpoint_layer(const moe_checkpoint *checkpoint, int32_
 typedef enum moe_layout {
     MOE_LAYOUT_AUTO = 0,      /* the one for the fastest path on this device and shape */
     MOE_LAYOUT_ROW_MAJOR = 1, /* the canonical form, as moe_layer_weights describes it: every path reads it */
-    MOE_LAYOUT_PACKED = 2,    /* where `prefill` can run, which reads it fastest: tiles, a little larger where sizes are
-                                 no multiples of 64 */
+    MOE_LAYOUT_PACKED = 2,    /* where `decode` and `prefill` can run, which read it fastest: tiles, a little larger
+                                 where sizes are no multiples of 64 */
 } moe_layout;
 
 /* Called by moe_layer_load on the calling thread, a few hundred times at most. */
@@ -306,7 +306,7 @@ typedef struct moe_load_options {
     size_t size;
     moe_progress_fn progress; /* NULL: none */
     void *progress_user;
-    moe_layout layout; /* of the layer; MOE_ERROR_UNSUPPORTED where it is PACKED and `prefill` cannot run */
+    moe_layout layout; /* of the layer; MOE_ERROR_UNSUPPORTED where it is PACKED and `decode` and `prefill` cannot run */
 } moe_load_options;
 
 static inline moe_load_options moe_load_options_init(void)
@@ -421,7 +421,7 @@ MOE_API moe_status moe_experts_forward(const moe_layer *layer, const moe_batch *
                                        void *stream);
 
 /* Which path a batch of `tokens` would run on, and in `reason` (may be NULL) one line that says which path, in which
- * configuration if it has any (with batch.config and max_sms 0), and why: "prefill, configuration wgmma-192: 512 rows
+ * configuration if it has any (with batch.config and max_sms 0), and why: "prefill, configuration wgmma-192: 128 rows
  * an expert on average". With `wanted` a named path: that path, or MOE_ERROR_UNSUPPORTED and the reason why it cannot
  * run here. */
 MOE_API moe_status moe_path_choose(const moe_layer *layer, moe_path wanted, int64_t tokens, moe_path *path,

@@ -46,6 +46,8 @@ static int64_t draw_tokens(struct random *random, bool gpu)
 {
     if (gpu && random_one_in(random, 4))
         return PICK(random, 129, 255, 256, 257, 511, 512, 513, 1000, 1025, 2047);
+    if (gpu && random_one_in(random, 4)) /* what decode is for */
+        return random_between(random, 1, 300);
     if (random_one_in(random, 3))
         return PICK(random, 0, 1, 1, 2, 3, 4);
     if (random_one_in(random, 2))
@@ -85,6 +87,20 @@ static int64_t draw_width_of_eights(struct random *random)
     default:
         return PICK(random, 64, 64, 128, 136, 264, 320, 520, 1000);
     }
+}
+
+/* One sum of a layer long and its rows few, so that a path which splits sums has many parts of one to add. */
+static void draw_long_sums(struct test_case *c, struct random *random)
+{
+    const int64_t longer = 64 * random_between(random, 20, 100) + PICK(random, 0, 0, 8);
+    const int64_t shorter = 8 * random_between(random, 1, 20);
+    const bool second = random_one_in(random, 2); /* of the two GEMMs */
+
+    c->hidden = second ? shorter : longer;
+    c->intermediate = second ? longer : shorter;
+    c->experts = (int32_t)random_between(random, 1, 6);
+    c->top_k = c->top_k < c->experts ? c->top_k : c->experts;
+    c->tokens = PICK(random, 1, 2, 3, 8, 9, 17, 40);
 }
 
 /* Keeps what kind of number a width is. */
@@ -192,6 +208,8 @@ void case_draw(struct test_case *c, uint64_t seed, struct case_kind kind)
         c->top_k = c->top_k < c->experts ? c->top_k : c->experts;
         c->slots = c->slots < 16 ? c->slots : 16;
     } else {
+        if (!kind.small && eights && random_one_in(&random, 25))
+            draw_long_sums(c, &random);
         shrink(c, &random, work, elements);
     }
     c->routing = routings[random_between(&random, 0, sizeof routings / sizeof routings[0] - 1)];

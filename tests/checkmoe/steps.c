@@ -77,6 +77,7 @@ static bool set_up(struct checker *checker, const struct test_case *c, const str
     call->config = checker->config;
     call->plan.ids_dtype = c->ids_dtype;
     call->scratch_bytes = path->scratch != NULL ? path->scratch(call) : 0;
+    call->plan.zeroed_bytes = path->zeroed != NULL ? path->zeroed(call) : 0;
     s->scratch = arena_add(arena, "scratch", call->scratch_bytes, NULL, 0);
     if (!arena_ready(arena) || !make_layers(checker, c, s->gate, s->w13, s->w2, &s->layer, &s->packed))
         return false;
@@ -102,7 +103,7 @@ static bool set_up(struct checker *checker, const struct test_case *c, const str
     call->act = device(arena, s->act);
     call->down = device(arena, s->down);
     call->down_dtype = s->down_dtype;
-    call->scratch = device(arena, s->scratch);
+    call->scratch = call->plan.zeroed = device(arena, s->scratch);
     return true;
 }
 
@@ -151,7 +152,9 @@ static bool same_ints(struct checker *checker, int region, const int32_t *expect
     return true;
 }
 
-static void check_plan(struct checker *checker, const struct test_case *c, const struct setup *s)
+/* ids and weights: what the plan was made of. */
+static void check_plan(struct checker *checker, const struct test_case *c, const struct setup *s, const void *ids,
+                       moe_dtype ids_dtype, const float *weights)
 {
     const int64_t pairs = c->tokens * c->slots;
     int32_t *ints = malloc((size_t)(2 * c->experts + 1 + 4 * pairs) * sizeof(int32_t));
@@ -159,8 +162,10 @@ static void check_plan(struct checker *checker, const struct test_case *c, const
 
     if (ints == NULL)
         return;
-    args.ids = c->ids;
-    args.weights = c->weights;
+    args.ids = ids;
+    args.ids_dtype = ids_dtype;
+    args.weights = weights;
+    args.zeroed_bytes = 0; /* on the device */
     args.plan = (struct moe_plan){.counts = ints, .offsets = ints + c->experts};
     args.plan.row_token = args.plan.offsets + c->experts + 1;
     args.plan.row_slot = args.plan.row_token + pairs;
@@ -177,6 +182,22 @@ static void check_plan(struct checker *checker, const struct test_case *c, const
         memcmp(arena_host(&checker->arena, s->row_weight), args.plan.row_weight, (size_t)rows * sizeof(float)) != 0)
         check_fail(checker, "plan.row_weight differs from the weights of its rows");
     free(ints);
+}
+
+/* Of the memory of the step that comes next the plan sets to zero what that step asks for, and leaves the rest. */
+static void check_zeroed(struct checker *checker, const struct setup *s)
+{
+    const struct region *region = &checker->arena.regions[s->scratch];
+    const uint8_t *scratch = arena_host(&checker->arena, s->scratch);
+    const size_t zeroed = s->call.plan.zeroed_bytes;
+
+    for (size_t i = 0; i < zeroed; i++)
+        if (scratch[i] != 0) {
+            check_fail(checker, "plan.zeroed[byte %zu of %zu] is %d, expected 0", i, zeroed, scratch[i]);
+            return;
+        }
+    if (memcmp(scratch + zeroed, checker->arena.before + region->offset + zeroed, region->bytes - zeroed) != 0)
+        check_fail(checker, "scratch is written past the %zu bytes that the plan sets to zero", zeroed);
 }
 
 static const int32_t *plan_ints(const struct checker *checker, int region)
@@ -353,7 +374,9 @@ static void check_step(struct checker *checker, const struct test_case *c, const
         check_topk(checker, arena_host(&checker->arena, s->logits), arena_host(&checker->arena, s->gate_ids),
                    arena_host(&checker->arena, s->gate_weights));
     if (stages & MOE_STAGE_PLAN)
-        check_plan(checker, c, s);
+        check_plan(checker, c, s, c->ids, c->ids_dtype, c->weights);
+    if ((stages & MOE_STAGE_PLAN) && !(stages & rows))
+        check_zeroed(checker, s);
     if ((stages & MOE_STAGE_GATHER) && !(stages & rows))
         check_gather(checker, c, s);
     if (stages & rows)
@@ -416,6 +439,53 @@ static bool run_step(struct checker *checker, const struct test_case *c, struct 
     return check_arena(checker, writes(s, step->stages));
 }
 
+/* Top-k and plan as a whole forward has them run, where the plan is that of the ids just chosen and one launch may do
+ * both. */
+static void run_routing(struct checker *checker, const struct test_case *c, const struct moe_path_info *info,
+                        struct setup *s)
+{
+    const unsigned stages = MOE_STAGE_TOPK | MOE_STAGE_PLAN;
+    struct arena *arena = &checker->arena;
+    struct moe_call call = s->call;
+
+    call.stages = stages;
+    call.plan.ids = call.gate.ids;
+    call.plan.ids_dtype = MOE_I32;
+    call.plan.weights = call.gate.weights;
+    checker->op = "topk and plan";
+    if (!check_call(checker, arena_send(arena, 0xff), "copying to the device") ||
+        !check_call(checker, arena_write(arena, s->logits, c->logits), "copying to the device"))
+        return;
+    memcpy(arena->before, arena->image, arena->used);
+    for (const struct moe_step *step = info->steps; step->run != NULL; step++)
+        if ((step->stages & stages) != 0 &&
+            !check_call(checker, step->run(&call), s->error.text[0] ? s->error.text : step->name))
+            return;
+    if (!check_call(checker, moe_synchronize(checker->ctx, NULL), "moe_synchronize") ||
+        !check_call(checker, arena_fetch(arena), "copying from the device"))
+        return;
+    plant(checker, c, s, stages, 0);
+    const int32_t *ids = arena_host(arena, s->gate_ids);
+    const float *weights = arena_host(arena, s->gate_weights);
+    if (check_arena(checker, writes(s, stages)) && check_topk(checker, arena_host(arena, s->logits), ids, weights)) {
+        check_plan(checker, c, s, ids, MOE_I32, weights);
+        check_zeroed(checker, s);
+    }
+}
+
+/* Whether a path has top-k and plan as steps of their own, and the case has memory for a plan of what the gate chooses.
+ */
+static bool has_routing(const struct checker *checker, const struct test_case *c, const struct moe_path_info *info)
+{
+    const unsigned stages = MOE_STAGE_TOPK | MOE_STAGE_PLAN;
+
+    for (const struct moe_step *step = info->steps; step->run != NULL; step++)
+        if ((step->stages & stages) != 0 && (step->stages & ~stages) != 0)
+            return false;
+    return c->slots == c->top_k &&
+           (checker->only_op == NULL || strcmp(checker->only_op, "topk") == 0 || strcmp(checker->only_op, "plan") == 0);
+}
+
 static void run_steps(struct checker *checker, const struct test_case *c, const struct moe_path_info *info,
                       struct setup *s)
 {
@@ -458,10 +528,14 @@ void check_steps(struct checker *checker, const struct test_case *c)
     if (c->tokens == 0 || info == NULL) /* no call without tokens reaches a step */
         return;
     checker->op = "set-up";
-    if (set_up(checker, c, info, &s))
-        run_steps(checker, c, info, &s);
-    else if (checker->failures == failures)
+    if (set_up(checker, c, info, &s)) {
+        if (has_routing(checker, c, info))
+            run_routing(checker, c, info, &s);
+        if (checker->failures == failures)
+            run_steps(checker, c, info, &s);
+    } else if (checker->failures == failures) {
         check_fail(checker, "no memory");
+    }
     if (checker->failures == failures && s.packed != NULL)
         check_packed(checker, c, s.packed); /* nothing has written to them */
     if (checker->failures == failures)

@@ -75,7 +75,7 @@ MASKS = [
     (r"\d+(\.\d+)? (s|ms|us)\b", "TIME"),
     (r"(?m)^device .*", "device   DEVICE"),
     (r"error \d\S*", "error ERROR"),
-    (r"(?m)^( *(?:cublas-loop|cublas-grouped|padded|simple|prefill) +).*", r"\1DEPENDS"),
+    (r"(?m)^( *(?:cublas-loop|cublas-grouped|padded|simple|decode|prefill) +).*", r"\1DEPENDS"),
     (r"(?m)^(layout +).*", r"\1DEPENDS"),
 ]
 
@@ -695,6 +695,58 @@ def test_bench():
     fails(2, "--shape is '64,96,5,6'", "bench", "--shape", "64,96,5,6")
     fails(3, "--max-sms is for a GPU", *run, "--max-sms", 8)
     fails(3, "packed weights: path 'prefill'", *run, "--layouts", "packed")
+    # Two paths that have configurations, where the build has them: what is missing then is the device.
+    both = [*run, "--paths", "decode,prefill", "--configs", "all", "--layouts", "row-major"]
+    if report("doctor")["build"]["cuda"]:
+        fails(3, "none of the paths asked for", *both, "--json")
+    else:
+        fails(2, "--configs has 'all', which no path of --paths has", *both)
+
+
+def test_bench_decode():
+    """A layer alone and in a chain of 32, for every routing; the chain's layers touch as many experts as the first."""
+    run = ["bench", "--decode", "--shape", "64,96,5,2", "--device", "cpu", "--reps", 2, "--seconds", 1]
+    result = report(*run, "--tokens", 3, "--paths", "auto,reference")
+    check(result["chain"] == {"layers": 32, "copies": 32} and "routing" not in result, f"{result}")
+    points = [(p["routing"], p["tokens"]) for p in result["points"]]
+    check(points == [("uniform", 3), ("zipf", 3), ("single", 3)], f"{points}")
+    for point in result["points"]:
+        touched, floor = point["experts_touched"], point["floor_seconds"]
+        check(touched == 2 if point["routing"] == "single" else 2 <= touched <= 5, f"{point}")
+        # Of logits that are equal the lowest id goes first, which a turned gate changes.
+        check(abs(point["chain_experts_touched"] - touched) < 1, f"{point}")
+        check(floor == max(point[c]["median_seconds"] for c in ("read", "dense") if c in point), f"{point}")
+        runs = [(r["path"], r["ran"], r["layout"], "note" in r) for r in point["results"]]
+        check(runs == [("auto", "cpu", "row-major", True), ("reference", "reference", "row-major", False)], f"{runs}")
+        for entry in point["results"]:
+            alone, chain = entry["alone"], entry["chain"]
+            check(alone["samples"] == chain["samples"] == 2 and not entry["graph"], f"{entry}")
+            check(0 < alone["median_seconds"] <= alone["p99_seconds"], f"{entry}")
+            check(0 < chain["median_seconds"] <= chain["p99_seconds"], f"{entry}")
+            shares = (entry["alone_share_of_floor"] * alone["median_seconds"] / floor,
+                      entry["chain_share_of_floor"] * chain["median_seconds"] / point["chain_floor_seconds"],
+                      entry["chain_over_alone"] * alone["median_seconds"] / chain["median_seconds"])  # fmt: skip
+            check(all(abs(s - 1) < 1e-9 for s in shares), f"{entry}")
+
+    # Many tokens take one thread so long that a layer's time in the chain, a 32nd of it, cannot be mistaken for it.
+    many = ["--routing", "single", "--tokens", 64, "--paths", "reference", "--threads", 1]
+    lines = list(csv.DictReader(moe(*run, *many, "--csv")[0].splitlines()))
+    check(len(lines) == 1 and None not in lines[0], f"{lines}")
+    line = lines[0]
+    told = {"routing": "single", "tokens": "64", "experts": "2", "chain_experts": "2.0000", "layout": "row-major",
+            "config": "", "max_sms": "0", "graph": "0"}  # fmt: skip
+    check(line | told == line and 0.1 < float(line["chain_over_alone"]) < 10, f"{line}")
+
+    tiny()
+    model = ["bench", "--decode", "--model", "m", "--device", "cpu", "--reps", 1]
+    out, err = moe(*model, "--tokens", 2)
+    check(re.search(r"(?m)^model routing, .*\ntokens .*\n +2  auto > cpu +[234]( +\d+\.\d){7} +\d\.\d{4}  \S", out), out)
+    check("32 layers that run one after the other, on 32 copies" in out and not err, out)
+
+    fails(2, "--stages is not for --decode", *run, "--stages")
+    fails(2, "--load is not for --decode", "bench", "--decode", "--load", "--model", "m")
+    fails(2, "--routing is the checkpoint's own", *model, "--routing", "zipf")
+    fails(3, "none of the paths asked for", *run, "--paths", "prefill", "--json")
 
 
 def test_tune():

@@ -124,6 +124,7 @@ static void bad_batches(void **state)
     FORWARD_REFUSES(max_sms, -1, MOE_ERROR_INVALID_ARGUMENT, "max_sms is -1");
     FORWARD_REFUSES(path, (moe_path)99, MOE_ERROR_INVALID_ARGUMENT, "path 99");
     FORWARD_REFUSES(path, MOE_PATH_DECODE, MOE_ERROR_UNSUPPORTED, "decode");
+    FORWARD_REFUSES(path, MOE_PATH_PREFILL, MOE_ERROR_UNSUPPORTED, "prefill");
     FORWARD_REFUSES(path, MOE_PATH_CUBLAS_LOOP, MOE_ERROR_UNSUPPORTED, "cublas-loop");
     FORWARD_REFUSES(path, MOE_PATH_SIMPLE, MOE_ERROR_UNSUPPORTED, "simple");
     assert_int_equal(moe_forward(NULL, &f->batch, f->workspace, f->bytes, NULL), MOE_ERROR_INVALID_ARGUMENT);
@@ -232,9 +233,11 @@ static void configs(void **state)
     assert_null(moe_path_config_name(MOE_PATH_AUTO, 1));
     assert_null(moe_path_config_name((moe_path)-1, 1));
     assert_null(moe_path_config_name(MOE_PATH_COUNT, 1));
-    assert_null(moe_path_config_name(MOE_PATH_PREFILL, 0));
-    assert_null(moe_path_config_name(MOE_PATH_PREFILL, -1));
-    assert_null(moe_path_config_name(MOE_PATH_PREFILL, INT32_MAX));
+    for (int p = MOE_PATH_DECODE; p <= MOE_PATH_PREFILL; p++) {
+        assert_null(moe_path_config_name((moe_path)p, 0));
+        assert_null(moe_path_config_name((moe_path)p, -1));
+        assert_null(moe_path_config_name((moe_path)p, INT32_MAX));
+    }
     FORWARD_REFUSES(config, 1, MOE_ERROR_INVALID_ARGUMENT,
                     "moe_batch.config is 1, expected 0 to 0 on path 'reference'");
     FORWARD_REFUSES(config, -1, MOE_ERROR_INVALID_ARGUMENT, "moe_batch.config is -1");

@@ -280,15 +280,17 @@ static int check_record(moe_context *ctx, const moe_layer *layer, const moe_reco
     return ran;
 }
 
-/* auto, reference and cpu run anywhere. On any GPU auto and prefill on packed weights, and simple too on row-major
- * ones; prefill is not for f32. */
+/* auto, reference and cpu run on the CPU. On any GPU auto, decode and prefill on packed weights, and simple too on
+ * row-major ones; decode and prefill are not for f32. */
 static int least_paths(moe_context *ctx, moe_device device, const moe_layer *layer)
 {
     moe_layer_desc desc = moe_layer_desc_init(MOE_F32);
     moe_layer_weights weights = moe_layer_weights_init();
     check(ctx, moe_layer_describe(layer, &desc), "moe_layer_describe");
     check(ctx, moe_layer_weights_get(layer, &weights), "moe_layer_weights_get");
-    return device == MOE_DEVICE_CPU || (weights.layout == MOE_LAYOUT_ROW_MAJOR && desc.dtype != MOE_F32) ? 3 : 2;
+    if (device == MOE_DEVICE_CPU || weights.layout == MOE_LAYOUT_PACKED)
+        return 3;
+    return desc.dtype == MOE_F32 ? 2 : 4;
 }
 
 static moe_context *context_or_null(moe_device device)

@@ -177,28 +177,33 @@ static void replay_is_the_call(void **state)
     check_replay(layer, MOE_PATH_SIMPLE, 0);
 }
 
-/* From *config on, the first configuration of prefill that this GPU can run; false: none. */
-static bool next_config(int32_t *config)
+/* What reads packed weights. */
+static const moe_path fused[] = {MOE_PATH_DECODE, MOE_PATH_PREFILL};
+enum { FUSED = sizeof fused / sizeof *fused };
+
+/* From *config on, the first configuration of the path that this GPU can run; false: none. */
+static bool next_config(moe_path path, int32_t *config)
 {
-    for (; *config == 0 || moe_path_config_name(MOE_PATH_PREFILL, *config) != NULL; ++*config)
-        if (moe_choose_config(ctx, moe_path_info_get(MOE_PATH_PREFILL), *config, NULL) == MOE_OK)
+    for (; *config == 0 || moe_path_config_name(path, *config) != NULL; ++*config)
+        if (moe_choose_config(ctx, moe_path_info_get(path), *config, NULL) == MOE_OK)
             return true;
     return false;
 }
 
-static void prefill_replay_is_the_call(void **state)
+static void fused_replay_is_the_call(void **state)
 {
     (void)state;
-    for (int32_t config = 0; next_config(&config); config++) {
-        check_replay(layer, MOE_PATH_PREFILL, config);
-        check_replay(packed, MOE_PATH_PREFILL, config);
-    }
+    for (int p = 0; p < FUSED; p++)
+        for (int32_t config = 0; next_config(fused[p], &config); config++) {
+            check_replay(layer, fused[p], config);
+            check_replay(packed, fused[p], config);
+        }
 }
 
 enum { STREAMS = 2 };
 
 /* A batch of its own on each stream: alone they say what is expected, then many of them run at once. */
-static void check_streams(const moe_layer *const on[STREAMS], int32_t config, int32_t max_sms)
+static void check_streams(const moe_layer *const on[STREAMS], moe_path path, int32_t config, int32_t max_sms)
 {
     moe_batch batches[STREAMS];
     cudaStream_t streams[STREAMS];
@@ -209,13 +214,13 @@ static void check_streams(const moe_layer *const on[STREAMS], int32_t config, in
     for (int i = 0; i < STREAMS; i++) {
         inputs[i] = device_numbers(TOKENS * HIDDEN, 200 + (uint64_t)i, 1.0f);
         outputs[i] = device_alloc(io_bytes);
-        workspaces[i] = make_workspace(on[i], MOE_PATH_PREFILL, &bytes[i]);
+        workspaces[i] = make_workspace(on[i], path, &bytes[i]);
         batches[i] = moe_batch_init();
         batches[i].tokens = TOKENS;
         batches[i].dtype = dtype;
         batches[i].hidden_states = inputs[i];
         batches[i].output = outputs[i];
-        batches[i].path = MOE_PATH_PREFILL;
+        batches[i].path = path;
         batches[i].config = config;
         batches[i].max_sms = max_sms;
         expected[i] = malloc(io_bytes);
@@ -252,10 +257,11 @@ static void streams_run_at_once(void **state)
     assert_int_equal(moe_context_device(ctx, &info), MOE_OK);
     const int32_t bounds[] = {0, info.cores / 2, 2}; /* all SMs for each, half of them for each, many left over */
     const moe_layer *const layouts[][STREAMS] = {{layer, layer}, {packed, packed}, {layer, packed}};
-    for (int32_t config = 0; next_config(&config); config++)
-        for (size_t b = 0; b < sizeof bounds / sizeof *bounds; b++)
-            for (size_t l = 0; l < sizeof layouts / sizeof *layouts; l++)
-                check_streams(layouts[l], config, bounds[b]);
+    for (int p = 0; p < FUSED; p++)
+        for (int32_t config = 0; next_config(fused[p], &config); config++)
+            for (size_t b = 0; b < sizeof bounds / sizeof *bounds; b++)
+                for (size_t l = 0; l < sizeof layouts / sizeof *layouts; l++)
+                    check_streams(layouts[l], fused[p], config, bounds[b]);
 }
 
 static void capture_is_refused(void **state)
@@ -311,7 +317,7 @@ int main(void)
         return SKIP;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(replay_is_the_call, setup, teardown),
-        cmocka_unit_test_setup_teardown(prefill_replay_is_the_call, setup_bf16, teardown),
+        cmocka_unit_test_setup_teardown(fused_replay_is_the_call, setup_bf16, teardown),
         cmocka_unit_test_setup_teardown(streams_run_at_once, setup_bf16, teardown),
         cmocka_unit_test_setup_teardown(capture_is_refused, setup, teardown),
         cmocka_unit_test_setup_teardown(full_device, setup, teardown),

@@ -109,6 +109,33 @@ static void test_expert_group(void **state)
     CHECK(slot_row, 2, -1, 0, 3, 1, 4);
 }
 
+static void test_zeroed(void **state)
+{
+    (void)state;
+    int32_t ids[] = {1, 0, 1};
+    float weights[3] = {0};
+    _Alignas(16) unsigned char memory[3 * 16], expected[3 * 16];
+    struct moe_plan_args args = plan_args(3, 1, 2, ids, MOE_I32, weights);
+
+    memset(memory, 0xee, sizeof memory);
+    memset(expected, 0xee, sizeof expected);
+    moe_plan_ref(&args); /* nothing asked for, nowhere */
+    args.zeroed = memory + 16;
+    moe_plan_ref(&args);
+    assert_memory_equal(memory, expected, sizeof memory);
+
+    args.zeroed_bytes = 16;
+    moe_plan_ref(&args);
+    memset(expected + 16, 0, 16);
+    assert_memory_equal(memory, expected, sizeof memory);
+    CHECK(slot_row, 1, 0, 2);
+
+    args.tokens = 0;
+    memset(memory, 0xee, sizeof memory);
+    moe_plan_ref(&args);
+    assert_memory_equal(memory, expected, sizeof memory);
+}
+
 static void test_no_tokens(void **state)
 {
     (void)state;
@@ -167,6 +194,7 @@ int main(void)
         cmocka_unit_test(test_ids_outside_get_no_row),
         cmocka_unit_test(test_64_bit_ids_are_not_cut),
         cmocka_unit_test(test_expert_group),
+        cmocka_unit_test(test_zeroed),
         cmocka_unit_test(test_no_tokens),
         cmocka_unit_test(test_random),
     };

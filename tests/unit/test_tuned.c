@@ -197,6 +197,72 @@ static void fits_one_device(void **state)
     moe_tuned_free(&t);
 }
 
+/* ---- Where the path changes ---- */
+
+static void expect_between(int32_t count, const struct moe_tuned_point *points, int64_t expected)
+{
+    const struct moe_tuned_entry entry = {.points = (struct moe_tuned_point *)points, .count = count};
+    assert_int_equal(moe_tuned_between(&entry), expected);
+}
+
+static void looks_between_paths_only(void **state)
+{
+    (void)state;
+    const struct moe_tuned_point points[] = {
+        {.tokens = 1, .path = MOE_PATH_DECODE},    {.tokens = 100, .path = MOE_PATH_DECODE, .name = "mma"},
+        {.tokens = 110, .path = MOE_PATH_PREFILL}, {.tokens = 400, .path = MOE_PATH_PREFILL, .name = "mma"},
+        {.tokens = 484, .path = MOE_PATH_DECODE},  {.tokens = 500, .path = MOE_PATH_PREFILL},
+    };
+    expect_between(0, points, 0);
+    expect_between(1, points, 0);
+    expect_between(2, points, 0); /* another configuration of the same path */
+    expect_between(3, points, 0); /* close enough */
+    expect_between(4, points, 0);
+    expect_between(5, points, 440); /* sqrt(400 * 484) */
+    expect_between(2, points + 4, 0);
+    const struct moe_tuned_point next[] = {{.tokens = 2, .path = MOE_PATH_DECODE},
+                                           {.tokens = 3, .path = MOE_PATH_PREFILL},
+                                           {.tokens = 5, .path = MOE_PATH_DECODE}};
+    expect_between(2, next, 0); /* nothing lies between neighbouring counts */
+    expect_between(3, next, 4);
+}
+
+/* As `moe tune` goes about it, on a device whose decode wins up to `last` tokens: how many counts that takes. */
+static int find_change(int64_t last, int64_t *low, int64_t *high)
+{
+    struct moe_tuned_point points[64];
+    struct moe_tuned_entry entry = {.points = points};
+    for (int64_t tokens = 1; tokens <= 16384; tokens *= 2)
+        points[entry.count++] =
+            (struct moe_tuned_point){.tokens = tokens, .path = tokens <= last ? MOE_PATH_DECODE : MOE_PATH_PREFILL};
+    const int32_t first = entry.count;
+    int32_t change = 0;
+    for (int64_t tokens; (tokens = moe_tuned_between(&entry)) != 0 && entry.count < 64; entry.count++) {
+        for (change = entry.count; points[change - 1].tokens > tokens; change--)
+            points[change] = points[change - 1];
+        assert_true(points[change - 1].tokens < tokens && tokens < points[change + 1].tokens);
+        points[change] =
+            (struct moe_tuned_point){.tokens = tokens, .path = tokens <= last ? MOE_PATH_DECODE : MOE_PATH_PREFILL};
+    }
+    for (change = 1; points[change].path == MOE_PATH_DECODE; change++)
+        ;
+    *low = points[change - 1].tokens;
+    *high = points[change].tokens;
+    return entry.count - first;
+}
+
+static void finds_the_change(void **state)
+{
+    (void)state;
+    for (int64_t last = 1; last < 16384; last++) {
+        int64_t low, high;
+        int counts = find_change(last, &low, &high);
+        if (low > last || high <= last || (high - low > 1 && 10 * (high - low) > low) || counts > 4)
+            fail_msg("decode up to %lld: found %lld to %lld with %d counts", (long long)last, (long long)low,
+                     (long long)high, counts);
+    }
+}
+
 /* ---- Changing and writing ---- */
 
 static void expect_points(const struct moe_tuned_entry *e, int32_t count, const struct moe_tuned_point *points)
@@ -428,6 +494,8 @@ int main(void)
         cmocka_unit_test(point_holds_up_to_the_next),
         cmocka_unit_test(finds_exact_shapes),
         cmocka_unit_test(fits_one_device),
+        cmocka_unit_test(looks_between_paths_only),
+        cmocka_unit_test(finds_the_change),
         cmocka_unit_test(sets_and_merges),
         cmocka_unit_test(loads_from_a_file),
         cmocka_unit_test(context_chooses_by_table),

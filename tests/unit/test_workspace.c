@@ -35,7 +35,7 @@ static moe_layer make_layer(const struct shape *s, moe_layout layout)
     return layer;
 }
 
-/* act and down, a tenth of them for the routing, the plan and the schedule, and what small batches need. */
+/* act and down, a tenth of them for the routing, the plan and the counters, and what small batches need. */
 static uint64_t bound(const struct shape *s, int64_t tokens)
 {
     const uint64_t rows = (uint64_t)tokens * (uint64_t)s->top_k;

@@ -31,6 +31,8 @@ enum bench_routing {
 
 enum { BENCH_LAYOUTS = MOE_LAYOUT_PACKED + 1 };
 
+struct bench_chain;
+
 struct bench_workload {
     moe_context *ctx;
     moe_layer *layers[BENCH_LAYOUTS]; /* the same weights by moe_layout: row-major, and packed or NULL */
@@ -42,6 +44,7 @@ struct bench_workload {
     void *hidden_states, *output; /* [max_tokens, hidden], the layer's dtype; on the device */
     int32_t *ids;                 /* [max_tokens, top_k], on the device */
     float *topk_weights;          /* [max_tokens, top_k], on the device */
+    struct bench_chain *chain;    /* NULL: the layer stands alone */
 };
 
 /* Memory on the context's device of the kind that a loaded layer's weights are in. The text of a failure is the
@@ -57,9 +60,28 @@ moe_status bench_workload_create(struct bench_workload *w, moe_context *ctx, con
 moe_status bench_workload_adopt(struct bench_workload *w, moe_context *ctx, moe_layer *layer);
 /* Adds the packed form of the layer; MOE_ERROR_UNSUPPORTED where no path reads it. */
 moe_status bench_workload_pack(struct bench_workload *w);
-/* Random hidden states for up to max_tokens tokens. */
-moe_status bench_workload_tokens(struct bench_workload *w, int64_t max_tokens, enum bench_routing routing);
+/* Random hidden states for up to max_tokens tokens; only those that are `biased` are routed with skew. */
+moe_status bench_workload_tokens(struct bench_workload *w, int64_t max_tokens, bool biased);
+/* Gives the gate of a layer of random weights, and those of its chain, another routing. */
+moe_status bench_workload_route(struct bench_workload *w, enum bench_routing routing);
 void bench_workload_free(struct bench_workload *w);
+
+/* ---- Chain (chain.c): the workload's layer as the layers of a model that decodes ---- */
+
+/* In a chain, so many layers run one after the other. */
+enum { BENCH_CHAIN_LAYERS = 32 };
+
+/* Adds a chain of copies of the workload's layer, in these of the layouts that it is there in. A failure's text is in
+ * err, or if err stays empty, the context's; bench_workload_free cleans up in any case. */
+moe_status bench_chain_create(struct bench_workload *w, const bool layouts[BENCH_LAYOUTS], struct moe_error *err);
+/* Takes over the routing of the workload's layer. */
+moe_status bench_chain_route(struct bench_chain *chain, const struct bench_workload *w);
+/* The layer at a place in the chain, from 0; NULL in a layout that the chain does not have. Where the workload's layer
+ * routes to expert e, the one at place i routes to expert e + i, counted round. */
+const moe_layer *bench_chain_layer(const struct bench_chain *chain, moe_layout layout, int32_t place);
+/* How many copies of the weights the layers share. */
+int32_t bench_chain_copies(const struct bench_chain *chain);
+void bench_chain_free(struct bench_chain *chain); /* accepts NULL */
 
 /* ---- A point: the workload with a number of tokens ---- */
 
@@ -70,6 +92,7 @@ struct bench_point {
     const void *w13, *w2;                         /* [E, 2I, H] and [E, H, I], on the device */
     int32_t touched;                              /* experts with at least one token */
     int32_t touched_ids[MOE_MAX_EXPERTS];         /* the first `touched` */
+    double chain_touched;                         /* by a layer of the chain, on average */
     double weight_bytes, activation_bytes, flops; /* that any implementation must move and do */
 };
 
@@ -110,7 +133,13 @@ moe_status bench_cuda_open(int32_t device, struct bench_machine **machine, struc
 
 /* ---- Plan (plan.c): what to time ---- */
 
-enum bench_part { BENCH_LAYER, BENCH_ROUTE, BENCH_EXPERTS, BENCH_PARTS };
+enum bench_part {
+    BENCH_LAYER, /* of a workload with a chain, its first one */
+    BENCH_ROUTE,
+    BENCH_EXPERTS,
+    BENCH_CHAIN, /* all layers of the chain; times are those of one */
+    BENCH_PARTS,
+};
 
 /* One thing to time, a row of the report. */
 struct bench_run {
@@ -133,6 +162,7 @@ struct bench_plan {
     int32_t max_sms[BENCH_MAX_BOUNDS];
     int bounds;
     bool stages; /* also the router and the experts alone */
+    bool chain;  /* after each whole layer, the chain in the same way */
 };
 
 /* Takes the next word of a comma-separated list; false at its end. */
@@ -161,8 +191,8 @@ struct bench_meter *bench_meter_open(const struct bench_workload *workload, stru
 void bench_meter_close(struct bench_meter *m); /* accepts NULL */
 /* Before the first point. False: no memory. */
 bool bench_meter_add(struct bench_meter *m, const struct bench_run *run);
-/* Measures one point and reports it (report NULL: not). Token counts must not fall: what takes long is known from the
- * smaller ones. On failure the text is in err, or if err stays empty, the context's. */
+/* Measures one point and reports it (report NULL: not). Small token counts come first, because what takes long is known
+ * from them. On failure the text is in err, or if err stays empty, the context's. */
 moe_status bench_meter_point(struct bench_meter *m, int64_t tokens, struct bench_report *report, struct moe_error *err);
 
 /* What the last point gave for the i-th run added; NULL past the last. Stays until the next point. */
@@ -188,9 +218,13 @@ enum bench_format { BENCH_TABLE, BENCH_CSV, BENCH_JSON };
 /* Sorts the samples. */
 struct bench_time bench_time_of(double *samples, int32_t count);
 
-/* `title` names the layer; `routing` the distribution. NULL: out of memory. */
+/* `title` names the layer; `routing` the distribution, NULL for a report on decode. NULL: out of memory. */
 struct bench_report *bench_report_open(enum bench_format format, const struct bench_workload *w, const char *title,
                                        const char *routing, const struct bench_machine *machine);
+/* Of a report on decode: what chain it is about, and with which routing the points are that follow (report_decode.c).
+ * Each result of a layer has that of the chain next to it. */
+void bench_report_chain(struct bench_report *r, const struct bench_workload *w);
+void bench_report_routing(struct bench_report *r, const char *routing);
 /* A path that cannot run at any point (CSV has no place for it: it goes to stderr). */
 void bench_report_without(struct bench_report *r, moe_path path, const char *why);
 void bench_report_point(struct bench_report *r, const struct bench_point *p, const struct bench_time *read,

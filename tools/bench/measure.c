@@ -110,24 +110,30 @@ static struct bench_result *result_of(const struct run *r)
     return &r->meter->results[r - r->meter->runs];
 }
 
-static const moe_layer *layer_of(const struct run *r)
+/* How many layers a call of the run is. */
+static int32_t layers_of(const struct run *r)
 {
-    return r->meter->workload->layers[r->what.layout];
+    return r->what.part == BENCH_CHAIN ? BENCH_CHAIN_LAYERS : 1;
+}
+
+static const moe_layer *layer_of(const struct run *r, int32_t place)
+{
+    const struct bench_workload *w = r->meter->workload;
+    return w->chain ? bench_chain_layer(w->chain, r->what.layout, place) : w->layers[r->what.layout];
 }
 
 static moe_status run_part(void *argument, void *stream)
 {
     const struct run *r = argument;
     const struct bench_meter *m = r->meter;
-    const moe_layer *layer = layer_of(r);
-    switch (r->what.part) {
-    case BENCH_ROUTE:
-        return moe_route(layer, &r->batch, m->workspace, m->workspace_bytes, stream);
-    case BENCH_EXPERTS:
-        return moe_experts_forward(layer, &r->batch, m->workspace, m->workspace_bytes, stream);
-    default:
-        return moe_forward(layer, &r->batch, m->workspace, m->workspace_bytes, stream);
-    }
+    if (r->what.part == BENCH_ROUTE)
+        return moe_route(layer_of(r, 0), &r->batch, m->workspace, m->workspace_bytes, stream);
+    if (r->what.part == BENCH_EXPERTS)
+        return moe_experts_forward(layer_of(r, 0), &r->batch, m->workspace, m->workspace_bytes, stream);
+    moe_status status = MOE_OK;
+    for (int32_t i = 0; status == MOE_OK && i < layers_of(r); i++)
+        status = moe_forward(layer_of(r, i), &r->batch, m->workspace, m->workspace_bytes, stream);
+    return status;
 }
 
 static void set_batch(struct run *r, int64_t tokens)
@@ -161,7 +167,7 @@ static moe_status grow_workspace(const struct run *r, int64_t tokens)
     limits.max_tokens = tokens;
     limits.path = r->what.path;
     size_t bytes;
-    moe_status status = moe_workspace_size(layer_of(r), &limits, &bytes);
+    moe_status status = moe_workspace_size(layer_of(r, 0), &limits, &bytes);
     if (status != MOE_OK || (m->workspace && bytes <= m->workspace_bytes))
         return status;
     moe_buffer_free(ctx, m->workspace);
@@ -196,10 +202,11 @@ static void learn(struct run *r, int64_t tokens, double seconds)
     r->known_seconds = seconds;
 }
 
-/* As if time grew with the tokens, which is the most that it does. */
+/* As if time grew with the tokens, which is the most that it does, and never fell. */
 static double estimate(const struct run *r, int64_t tokens)
 {
-    return r->known_tokens ? r->known_seconds * (double)tokens / (double)r->known_tokens : 0;
+    return tokens > r->known_tokens && r->known_tokens ? r->known_seconds * (double)tokens / (double)r->known_tokens
+                                                       : r->known_seconds;
 }
 
 /* Climbs from what is known towards `tokens` by single runs, until the estimate is near or too long. */
@@ -231,7 +238,7 @@ static moe_status begin_run(struct run *r, int64_t tokens)
     r->done = false;
     result->graph = false;
     moe_status status =
-        moe_path_choose(layer_of(r), r->what.path, tokens, &result->ran, result->note, sizeof result->note);
+        moe_path_choose(layer_of(r, 0), r->what.path, tokens, &result->ran, result->note, sizeof result->note);
     if (status == MOE_ERROR_UNSUPPORTED) { /* the note says why */
         r->done = true;
         return MOE_OK;
@@ -351,9 +358,12 @@ moe_status bench_meter_point(struct bench_meter *m, int64_t tokens, struct bench
     for (int i = 0; i < m->count; i++) {
         struct run *r = &m->runs[i];
         m->machine->release(m->machine, &r->call);
-        m->results[i].time = bench_time_of(r->samples, r->count);
+        struct bench_time time = bench_time_of(r->samples, r->count);
         if (r->count > 0)
-            learn(r, tokens, m->results[i].time.median);
+            learn(r, tokens, time.median);
+        time.median /= layers_of(r);
+        time.p99 /= layers_of(r);
+        m->results[i].time = time;
     }
     struct bench_time read = bench_time_of(m->read, m->read_count), dense = bench_time_of(m->dense, m->dense_count);
     if (status == MOE_OK && report)

@@ -128,11 +128,19 @@ bool bench_plan_packs(const struct bench_plan *plan)
     return packs;
 }
 
+/* A whole layer and, if asked for, the chain. False: no memory. */
+static bool add_layer(const struct bench_plan *plan, struct bench_meter *meter, struct bench_run run)
+{
+    bool fine = bench_meter_add(meter, &run);
+    run.part = BENCH_CHAIN;
+    return fine && (!plan->chain || bench_meter_add(meter, &run));
+}
+
 /* On one layout: the path as it is, its stages, its configurations, its bounds. False: no memory. */
 static bool add_layout(const struct bench_plan *plan, struct bench_meter *meter, struct bench_run run)
 {
-    bool varied = moe_path_config_name(run.path, 1) != NULL, fine = true;
-    for (int part = BENCH_LAYER; fine && part < (plan->stages ? BENCH_PARTS : BENCH_LAYER + 1); part++) {
+    bool varied = moe_path_config_name(run.path, 1) != NULL, fine = add_layer(plan, meter, run);
+    for (int part = BENCH_ROUTE; fine && plan->stages && part <= BENCH_EXPERTS; part++) {
         run.part = (enum bench_part)part;
         fine = bench_meter_add(meter, &run);
     }
@@ -140,12 +148,12 @@ static bool add_layout(const struct bench_plan *plan, struct bench_meter *meter,
     for (int c = 1; fine && c <= BENCH_MAX_CONFIGS; c++) {
         run.config = c;
         if (plan->configs[run.path][c])
-            fine = bench_meter_add(meter, &run);
+            fine = add_layer(plan, meter, run);
     }
     run.config = 0;
     for (int i = 0; fine && i < plan->bounds && (varied || run.path == MOE_PATH_AUTO); i++) {
         run.max_sms = plan->max_sms[i];
-        fine = bench_meter_add(meter, &run);
+        fine = add_layer(plan, meter, run);
     }
     return fine;
 }

@@ -305,8 +305,10 @@ moe_status capture(cuda_machine *m, bench_call *call, moe_error *err)
     cudaGraphExec_t exec = nullptr;
     if (status == MOE_OK)
         status = checked(cudaGraphInstantiate(&exec, graph, 0), "making a graph", err);
-    if (status == MOE_OK)
+    if (status == MOE_OK) {
         call->graph = exec;
+        status = checked(cudaGraphUpload(exec, m->stream), "uploading a graph", err); // or the first sample would wait
+    }
     if (graph)
         cudaGraphDestroy(graph);
     return status == MOE_ERROR_CAPTURE ? MOE_OK : status;

@@ -3,17 +3,10 @@
 #include <stdlib.h>
 
 #include "runtime/internal.h"
-#include "tools/bench/bench.h"
+#include "tools/bench/report.h"
 #include "tools/cli.h"
 
-static const char *const part_names[BENCH_PARTS] = {"layer", "route", "experts"};
-
-struct bench_report {
-    enum bench_format format;
-    const struct bench_machine *machine;
-    cJSON *root, *points, *without;
-    bool titles; /* the table's column titles are out */
-};
+static const char *const part_names[BENCH_PARTS] = {"layer", "route", "experts", "chain"};
 
 static int by_value(const void *a, const void *b)
 {
@@ -40,23 +33,28 @@ struct bench_report *bench_report_open(enum bench_format format, const struct be
         return NULL;
     r->format = format;
     r->machine = machine;
+    r->decode = !routing;
     char desc[256], device[512], size[32];
     cli_show_desc(&w->desc, desc, sizeof desc);
     cli_show_device(w->ctx, device, sizeof device);
     const char *dense = machine->dense_how ? machine->dense_how : "none, ";
     const char *dense_why = machine->dense_how ? "" : machine->dense_why;
     if (format == BENCH_TABLE) {
-        printf("%s: %s, %s of weights; %s routing\n%s\n", title, desc,
-               cli_show_bytes((double)cli_layer_bytes(&w->desc), size, sizeof size), routing, device);
+        printf("%s: %s, %s of weights%s%s%s\n%s\n", title, desc,
+               cli_show_bytes((double)cli_layer_bytes(&w->desc), size, sizeof size), routing ? "; " : "",
+               routing ? routing : "", routing ? " routing" : "", device);
         printf("floor: the longer of read (%s) and dense (%s%s), medians of the same run\n", machine->read_how, dense,
                dense_why);
+    } else if (format == BENCH_CSV && !routing) {
+        report_decode_titles();
     } else if (format == BENCH_CSV) {
         puts("tokens,path,part,layout,config,max_sms,ran,seconds,p99_seconds,samples,graph,bytes,gb_per_s,tflop_per_s,"
              "share,over_floor,of_all_sms,read_seconds,dense_seconds,experts,note");
     } else {
         r->root = cli_json_object(NULL, NULL);
         cli_json_string(r->root, "workload", title);
-        cli_json_string(r->root, "routing", routing);
+        if (routing)
+            cli_json_string(r->root, "routing", routing);
         cli_json_desc(cli_json_object(r->root, "layer"), &w->desc);
         cli_json_device(cli_json_object(r->root, "device"), w->ctx);
         cli_json_string(r->root, "read", machine->read_how);
@@ -111,13 +109,12 @@ static struct figures figures_of(const struct bench_point *p, const struct bench
     return f;
 }
 
-static const char *config_name(const struct bench_run *run)
+const char *report_config(const struct bench_run *run)
 {
     return run->config ? moe_path_config_name(run->path, run->config) : "";
 }
 
-/* A number, or blanks for one that does not apply. */
-static const char *show(double value, const char *format, char *buffer, size_t bytes)
+const char *report_show(double value, const char *format, char *buffer, size_t bytes)
 {
     buffer[0] = 0;
     if (value > 0)
@@ -134,9 +131,9 @@ static void table_row(int64_t tokens, const char *name, double seconds, const st
         cli_show_bytes(f->bytes, moved, sizeof moved);
     char line[256];
     int length = snprintf(line, sizeof line, "%6lld  %-28s %10s %10s %8s %9s %9s", (long long)tokens, name, time, moved,
-                          show(f->gb, "%.1f", gb, sizeof gb),
-                          show(f->tflop, f->tflop < 10 ? "%.3f" : "%.1f", tflop, sizeof tflop),
-                          show(f->over, "%.3f", over, sizeof over));
+                          report_show(f->gb, "%.1f", gb, sizeof gb),
+                          report_show(f->tflop, f->tflop < 10 ? "%.3f" : "%.1f", tflop, sizeof tflop),
+                          report_show(f->over, "%.3f", over, sizeof over));
     while (!note[0] && length > 0 && line[length - 1] == ' ')
         line[--length] = 0;
     printf("%s%s%s\n", line, note[0] ? "  " : "", note);
@@ -148,8 +145,7 @@ static void append(char *buffer, size_t bytes, const char *format, const char *t
     snprintf(buffer + length, bytes - length, format, text);
 }
 
-/* "auto > prefill (row-major), 64 SMs" */
-static const char *row_name(const struct bench_result *result, char *buffer, size_t bytes)
+const char *report_name(const struct bench_result *result, char *buffer, size_t bytes)
 {
     const struct bench_run *run = &result->run;
     char sms[16];
@@ -159,7 +155,7 @@ static const char *row_name(const struct bench_result *result, char *buffer, siz
     if (run->other_layout)
         append(buffer, bytes, " (%s)", moe_layouts_name(run->layout));
     if (run->config)
-        append(buffer, bytes, " %s", config_name(run));
+        append(buffer, bytes, " %s", report_config(run));
     if (run->part != BENCH_LAYER)
         append(buffer, bytes, " %s", part_names[run->part]);
     snprintf(sms, sizeof sms, "%d", run->max_sms);
@@ -186,10 +182,21 @@ static void table_point(struct bench_report *r, const struct bench_point *p, dou
         const struct bench_result *result = &results[i];
         struct figures f = figures_of(p, results, count, i, floor);
         snprintf(note, sizeof note, "%.1f %% of the speed on all SMs", 100 * f.sms);
-        table_row(p->tokens, row_name(result, name, sizeof name), result->time.median, &f,
+        table_row(p->tokens, report_name(result, name, sizeof name), result->time.median, &f,
                   f.sms > 0 ? note : result->note);
     }
     fflush(stdout); /* a point can take a minute */
+}
+
+void report_csv_note(const char *note)
+{
+    putchar('"');
+    for (const char *c = note; *c; c++) {
+        putchar(*c);
+        if (*c == '"')
+            putchar('"');
+    }
+    puts("\"");
 }
 
 static void csv_point(const struct bench_point *p, double read, double dense, const struct bench_result *results,
@@ -201,24 +208,20 @@ static void csv_point(const struct bench_point *p, double read, double dense, co
         struct figures f = figures_of(p, results, count, i, floor);
         char buffers[9][32];
         printf("%lld,%s,%s,%s,%s,%d,%s,", (long long)p->tokens, moe_path_name(run->path), part_names[run->part],
-               moe_layouts_name(run->layout), config_name(run), run->max_sms, moe_path_name(result->ran));
-        printf("%s,%s,%d,%d,%s,%s,%s,%s,%s,%s,%.9g,%s,%d,\"", show(result->time.median, "%.9g", buffers[0], 32),
-               show(result->time.p99, "%.9g", buffers[1], 32), result->time.samples, result->graph,
-               show(f.bytes, "%.0f", buffers[2], 32), show(f.gb, "%.6g", buffers[3], 32),
-               show(f.tflop, "%.6g", buffers[4], 32), show(f.over > 0 ? 1 / f.over : 0, "%.4f", buffers[5], 32),
-               show(f.over, "%.4f", buffers[6], 32), show(f.sms, "%.4f", buffers[7], 32), read,
-               show(dense, "%.9g", buffers[8], 32), p->touched);
-        for (const char *c = result->note; *c; c++) {
-            putchar(*c);
-            if (*c == '"')
-                putchar('"');
-        }
-        puts("\"");
+               moe_layouts_name(run->layout), report_config(run), run->max_sms, moe_path_name(result->ran));
+        printf("%s,%s,%d,%d,%s,%s,%s,%s,%s,%s,%.9g,%s,%d,", report_show(result->time.median, "%.9g", buffers[0], 32),
+               report_show(result->time.p99, "%.9g", buffers[1], 32), result->time.samples, result->graph,
+               report_show(f.bytes, "%.0f", buffers[2], 32), report_show(f.gb, "%.6g", buffers[3], 32),
+               report_show(f.tflop, "%.6g", buffers[4], 32),
+               report_show(f.over > 0 ? 1 / f.over : 0, "%.4f", buffers[5], 32),
+               report_show(f.over, "%.4f", buffers[6], 32), report_show(f.sms, "%.4f", buffers[7], 32), read,
+               report_show(dense, "%.9g", buffers[8], 32), p->touched);
+        report_csv_note(result->note);
     }
     fflush(stdout);
 }
 
-static void json_time(cJSON *object, const char *name, const struct bench_time *time)
+void report_time(cJSON *object, const char *name, const struct bench_time *time)
 {
     if (time->samples == 0)
         return;
@@ -228,8 +231,8 @@ static void json_time(cJSON *object, const char *name, const struct bench_time *
     cli_json_number(entry, "samples", time->samples);
 }
 
-static void json_point(struct bench_report *r, const struct bench_point *p, const struct bench_time *read,
-                       const struct bench_time *dense, const struct bench_result *results, int count, double floor)
+cJSON *report_json_point(struct bench_report *r, const struct bench_point *p, const struct bench_time *read,
+                         const struct bench_time *dense, double floor)
 {
     cJSON *point = cli_json_element(r->points);
     cli_json_number(point, "tokens", (double)p->tokens);
@@ -238,22 +241,32 @@ static void json_point(struct bench_report *r, const struct bench_point *p, cons
     cli_json_number(point, "activation_bytes", p->activation_bytes);
     cli_json_number(point, "flops", p->flops);
     cli_json_number(point, "read_bytes", r->machine->read_bytes);
-    json_time(point, "read", read);
-    json_time(point, "dense", dense);
+    report_time(point, "read", read);
+    report_time(point, "dense", dense);
     cli_json_number(point, "floor_seconds", floor);
-    cJSON *list = cli_json_array(point, "results");
+    return point;
+}
+
+void report_json_run(cJSON *entry, const struct bench_run *run)
+{
+    cli_json_string(entry, "path", moe_path_name(run->path));
+    cli_json_string(entry, "layout", moe_layouts_name(run->layout));
+    if (run->config)
+        cli_json_string(entry, "config", report_config(run));
+    if (run->max_sms)
+        cli_json_number(entry, "max_sms", run->max_sms);
+}
+
+static void json_point(struct bench_report *r, const struct bench_point *p, const struct bench_time *read,
+                       const struct bench_time *dense, const struct bench_result *results, int count, double floor)
+{
+    cJSON *list = cli_json_array(report_json_point(r, p, read, dense, floor), "results");
     for (int i = 0; i < count; i++) {
         const struct bench_result *result = &results[i];
-        const struct bench_run *run = &result->run;
         struct figures f = figures_of(p, results, count, i, floor);
         cJSON *entry = cli_json_element(list);
-        cli_json_string(entry, "path", moe_path_name(run->path));
-        cli_json_string(entry, "part", part_names[run->part]);
-        cli_json_string(entry, "layout", moe_layouts_name(run->layout));
-        if (run->config)
-            cli_json_string(entry, "config", config_name(run));
-        if (run->max_sms)
-            cli_json_number(entry, "max_sms", run->max_sms);
+        report_json_run(entry, &result->run);
+        cli_json_string(entry, "part", part_names[result->run.part]);
         if (result->time.samples == 0) {
             cli_json_string(entry, "skipped", result->note);
             continue;
@@ -262,7 +275,7 @@ static void json_point(struct bench_report *r, const struct bench_point *p, cons
         if (result->note[0])
             cli_json_string(entry, "why", result->note);
         cli_json_bool(entry, "graph", result->graph);
-        json_time(entry, "time", &result->time);
+        report_time(entry, "time", &result->time);
         if (f.bytes > 0) {
             cli_json_number(entry, "gb_per_s", f.gb);
             cli_json_number(entry, "tflop_per_s", f.tflop);
@@ -278,7 +291,9 @@ void bench_report_point(struct bench_report *r, const struct bench_point *p, con
                         const struct bench_time *dense, const struct bench_result *results, int count)
 {
     double floor = read->median > dense->median ? read->median : dense->median;
-    if (r->format == BENCH_TABLE)
+    if (r->decode)
+        report_decode_point(r, p, read, dense, results, count);
+    else if (r->format == BENCH_TABLE)
         table_point(r, p, read->median, dense->median, results, count, floor);
     else if (r->format == BENCH_CSV)
         csv_point(p, read->median, dense->median, results, count, floor);
@@ -296,8 +311,8 @@ int bench_report_load(enum bench_format format, const struct bench_load *result,
         cli_json_desc(cli_json_object(root, "layer"), desc);
         cli_json_device(cli_json_object(root, "device"), ctx);
         cli_json_number(root, "bytes", (double)result->bytes);
-        json_time(root, "plain_read", &result->plain);
-        json_time(root, "load", &result->load);
+        report_time(root, "plain_read", &result->plain);
+        report_time(root, "load", &result->load);
         cli_json_number(root, "plain_read_gb_per_s", gb / plain);
         cli_json_number(root, "load_gb_per_s", gb / load);
         cli_json_number(root, "share_of_plain_read", plain / load);

@@ -118,7 +118,8 @@ static int make_layer(struct bench_source *s, moe_context *ctx, struct bench_wor
         return code;
     snprintf(s->title, sizeof s->title, "%s", shape.name);
     moe_dtype dtype = s->dtype == MOE_DTYPE_NONE ? MOE_BF16 : s->dtype;
-    return bench_settle(ctx, bench_workload_create(w, ctx, &shape, dtype, (enum bench_routing)s->routing), NULL);
+    enum bench_routing routing = s->routing < 0 ? BENCH_UNIFORM : (enum bench_routing)s->routing;
+    return bench_settle(ctx, bench_workload_create(w, ctx, &shape, dtype, routing), NULL);
 }
 
 int bench_source_open(struct bench_source *s, moe_context *ctx, struct bench_workload *w)

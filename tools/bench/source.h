@@ -14,7 +14,7 @@ struct bench_source {
     const char *model, *like, *shape; /* at most one */
     int64_t layer;                    /* of the model; -1: the first MoE layer */
     moe_dtype dtype;                  /* NONE: bf16, or the model's */
-    int routing;                      /* enum bench_routing */
+    int routing;                      /* enum bench_routing; below 0: uniform */
     char title[128];                  /* once the layer is there: what reports call it */
 };
 #define BENCH_SOURCE_OPTIONS(source)                                                                                   \

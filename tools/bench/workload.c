@@ -100,8 +100,8 @@ static moe_status fill(moe_context *ctx, void *device, moe_dtype dtype, int64_t 
 }
 
 /*
- * Skewed routing by the router itself: element 0 of every hidden state is 1 (bench_workload_tokens), so that column 0
- * of the gate is a bias on the logits.
+ * Skewed routing by the router itself: element 0 of every biased hidden state is 1 (bench_workload_tokens), so that
+ * column 0 of the gate is a bias on the logits.
  */
 static double logit_bias(enum bench_routing routing, int32_t expert, int32_t top_k)
 {
@@ -188,7 +188,13 @@ moe_status bench_workload_pack(struct bench_workload *w)
     return moe_layer_pack(w->layers[MOE_LAYOUT_ROW_MAJOR], &w->layers[MOE_LAYOUT_PACKED]);
 }
 
-moe_status bench_workload_tokens(struct bench_workload *w, int64_t max_tokens, enum bench_routing routing)
+moe_status bench_workload_route(struct bench_workload *w, enum bench_routing routing)
+{
+    moe_status status = bias_gate(w->ctx, w->parts[0], &w->desc, routing);
+    return status == MOE_OK && w->chain ? bench_chain_route(w->chain, w) : status;
+}
+
+moe_status bench_workload_tokens(struct bench_workload *w, int64_t max_tokens, bool biased)
 {
     moe_dtype dtype = w->desc.dtype;
     int64_t h = w->desc.hidden_size;
@@ -206,7 +212,7 @@ moe_status bench_workload_tokens(struct bench_workload *w, int64_t max_tokens, e
         status = fill(w->ctx, w->hidden_states, dtype, max_tokens * h, 1, "making tokens");
     float one;
     moe_store_f32(&one, dtype, 0, 1);
-    for (int64_t t = 0; status == MOE_OK && routing != BENCH_UNIFORM && t < max_tokens; t++)
+    for (int64_t t = 0; status == MOE_OK && biased && t < max_tokens; t++)
         status = moe_copy_in(w->ctx, (char *)w->hidden_states + (size_t)t * row, &one, moe_dtype_size(dtype), NULL);
     return status;
 }
@@ -215,6 +221,7 @@ void bench_workload_free(struct bench_workload *w)
 {
     if (!w->ctx)
         return;
+    bench_chain_free(w->chain);
     for (int layout = 0; layout < BENCH_LAYOUTS; layout++)
         moe_layer_destroy(w->layers[layout]);
     for (int p = 0; p < 3; p++)
@@ -247,28 +254,19 @@ static moe_status count_touched(struct bench_point *p, const struct bench_worklo
     return status;
 }
 
-moe_status bench_point_set(struct bench_point *p, const struct bench_workload *w, int64_t tokens)
+/* Has the layer route the point's tokens, and lists the experts. */
+static moe_status route(struct bench_point *p, const struct bench_workload *w, const moe_layer *layer)
 {
-    const moe_layer_desc *d = &w->desc;
-    const moe_layer *layer = w->layers[MOE_LAYOUT_ROW_MAJOR];
-    p->tokens = tokens;
-    p->rows = tokens * d->top_k;
-    p->hidden = d->hidden_size;
-    p->intermediate = d->intermediate_size;
-    p->dtype = d->dtype;
-    p->w13 = w->weights.w13;
-    p->w2 = w->weights.w2;
-
     moe_limits limits = moe_limits_init();
-    limits.max_tokens = tokens;
+    limits.max_tokens = p->tokens;
     size_t bytes;
     void *workspace = NULL;
     moe_status status = moe_workspace_size(layer, &limits, &bytes);
     if (status == MOE_OK)
         status = moe_buffer_alloc(w->ctx, bytes, &workspace);
     moe_batch batch = moe_batch_init();
-    batch.tokens = tokens;
-    batch.dtype = d->dtype;
+    batch.tokens = p->tokens;
+    batch.dtype = w->desc.dtype;
     batch.hidden_states = w->hidden_states;
     batch.topk_ids_out = w->ids;
     batch.topk_weights_out = w->topk_weights;
@@ -277,8 +275,37 @@ moe_status bench_point_set(struct bench_point *p, const struct bench_workload *w
     if (status == MOE_OK)
         status = moe_synchronize(w->ctx, NULL);
     moe_buffer_free(w->ctx, workspace);
-    if (status == MOE_OK)
-        status = count_touched(p, w);
+    return status == MOE_OK ? count_touched(p, w) : status;
+}
+
+/* All layers of the chain touch equally many experts, but for ties between logits, which go to the lowest id. */
+static moe_status route_chain(struct bench_point *p, const struct bench_workload *w)
+{
+    const moe_layout layout =
+        bench_chain_layer(w->chain, MOE_LAYOUT_PACKED, 0) ? MOE_LAYOUT_PACKED : MOE_LAYOUT_ROW_MAJOR;
+    moe_status status = MOE_OK;
+    p->chain_touched = 0;
+    for (int32_t i = 0; status == MOE_OK && i < BENCH_CHAIN_LAYERS; i++) {
+        status = route(p, w, bench_chain_layer(w->chain, layout, i));
+        p->chain_touched += (double)p->touched / BENCH_CHAIN_LAYERS;
+    }
+    return status;
+}
+
+moe_status bench_point_set(struct bench_point *p, const struct bench_workload *w, int64_t tokens)
+{
+    const moe_layer_desc *d = &w->desc;
+    p->tokens = tokens;
+    p->rows = tokens * d->top_k;
+    p->hidden = d->hidden_size;
+    p->intermediate = d->intermediate_size;
+    p->dtype = d->dtype;
+    p->w13 = w->weights.w13;
+    p->w2 = w->weights.w2;
+
+    moe_status status = w->chain ? route_chain(p, w) : MOE_OK;
+    if (status == MOE_OK) /* last: its ids stay in the workload, and its experts in the point */
+        status = route(p, w, w->layers[MOE_LAYOUT_ROW_MAJOR]);
 
     double t = (double)tokens, h = (double)d->hidden_size, i = (double)d->intermediate_size, e = d->num_experts;
     p->weight_bytes = (double)p->touched * (double)cli_expert_bytes(d) + (double)cli_gate_bytes(d);

@@ -45,6 +45,23 @@ static __device__ inline void moe_bulk_load(uint32_t to, const void *from, uint3
                  : "memory");
 }
 
+// What is read only once, so that in L2 it makes way for everything else first.
+static __device__ inline uint64_t moe_policy_once()
+{
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+static __device__ inline void moe_bulk_load(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier,
+                                            uint64_t policy)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+                 "[%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+                 : "memory");
+}
+
 static __device__ inline void moe_tensor_load_2d(uint32_t to, const CUtensorMap *map, int c0, int c1, uint32_t barrier)
 {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
@@ -69,6 +86,24 @@ static __device__ inline void moe_tensor_load_5d(uint32_t to, const CUtensorMap 
     asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
                  "%5, %6}], [%7];" ::"r"(to),
                  "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier)
+                 : "memory");
+}
+
+static __device__ inline void moe_tensor_load_3d(uint32_t to, const CUtensorMap *map, int c0, int c1, int c2,
+                                                 uint32_t barrier, uint64_t policy)
+{
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+                 "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+                 "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "l"(policy)
+                 : "memory");
+}
+
+static __device__ inline void moe_tensor_load_5d(uint32_t to, const CUtensorMap *map, int c0, int c1, int c2, int c3,
+                                                 int c4, uint32_t barrier, uint64_t policy)
+{
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+                 "[%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(to),
+                 "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier), "l"(policy)
                  : "memory");
 }
 
@@ -110,20 +145,6 @@ static __device__ inline void moe_store_wait()
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-// ---- Between blocks ----
-
-static __device__ inline int32_t moe_load_acquire(const int32_t *p)
-{
-    int32_t v;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-
-static __device__ inline void moe_add_release(int32_t *p, int32_t v)
-{
-    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
-
 // ---- Registers of a warpgroup ----
 
 template <int REGISTERS> __device__ inline void moe_registers_less()
@@ -147,6 +168,18 @@ static __device__ inline void moe_stmatrix_trans(uint32_t to, uint32_t r0, uint3
                  : "memory");
 }
 
+// The same with one matrix, whose rows lanes 0 to 7 give, and with two.
+static __device__ inline void moe_stmatrix_trans(uint32_t to, uint32_t r0)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared::cta.b16 [%0], {%1};" ::"r"(to), "r"(r0) : "memory");
+}
+
+static __device__ inline void moe_stmatrix_trans(uint32_t to, uint32_t r0, uint32_t r1)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared::cta.b16 [%0], {%1, %2};" ::"r"(to), "r"(r0), "r"(r1)
+                 : "memory");
+}
+
 // What a matrix in shared memory is to wgmma: rows of 128 bytes, eight of them after another 1024 bytes, 16-byte chunks
 // placed by chunk ^ (row % 8). `address` is a multiple of 1024, plus 32 bytes for each 16 elements further along the
 // row.
@@ -166,10 +199,10 @@ static __device__ inline void moe_wgmma_commit()
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Until all products of the closed groups are finished.
-static __device__ inline void moe_wgmma_wait()
+// Until all products of the closed groups are finished, but for the last N groups.
+template <int N = 0> __device__ inline void moe_wgmma_wait()
 {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
 // d[64][N] (+)= a[64][16] . b[N][16]^T in fp32, by a warpgroup; a and b as moe_wgmma_matrix describes them. Without
@@ -231,6 +264,10 @@ template <typename T, int N> struct moe_wgmma;
 #define MOE_WGMMA_BOTH(n, eighths, a, b, p)                                                                            \
     MOE_WGMMA(__nv_bfloat16, "bf16", n, eighths, a, b, p)                                                              \
     MOE_WGMMA(__half, "f16", n, eighths, a, b, p)
+// Half an eighth: four registers.
+#define MOE_LHALF "%0, %1, %2, %3"
+#define MOE_RHALF "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+MOE_WGMMA_BOTH(8, HALF, 4, 5, 6)
 MOE_WGMMA_BOTH(16, 1, 8, 9, 10)
 MOE_WGMMA_BOTH(32, 2, 16, 17, 18)
 MOE_WGMMA_BOTH(48, 3, 24, 25, 26)
@@ -256,6 +293,8 @@ MOE_WGMMA_BOTH(192, 12, 96, 97, 98)
 #undef MOE_D9
 #undef MOE_D10
 #undef MOE_D11
+#undef MOE_LHALF
+#undef MOE_RHALF
 #undef MOE_L1
 #undef MOE_R1
 #undef MOE_L2

@@ -18,25 +18,40 @@ constexpr bool moe_built_for_90()
     return false;
 }
 
-// kernel<<<grid, block, shared, stream>>>(args...). `dependent` (the device is of compute capability 9.0): the kernel
-// may start before the one ahead of it in the stream has finished, and must call moe_grid_wait() (ptx.cuh).
-// moe_launched() tells how it went.
+// kernel<<<grid, block, shared, stream>>>(args...) in clusters of `cluster` blocks, of which grid.x is a multiple: 1,
+// or on a device of compute capability 9.0 up to 8. `dependent` (the device is one): the kernel may start before the
+// one ahead of it in the stream has finished, and must call moe_grid_wait() (ptx.cuh). moe_launched() tells how it
+// went.
 template <typename... Params, typename... Args>
-void moe_launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, void *stream, bool dependent,
-                const Args &...args)
+void moe_launch_cluster(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim3 block, size_t shared, void *stream,
+                        bool dependent, const Args &...args)
 {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-
+    cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = (cudaStream_t)stream;
-    config.attrs = &attribute;
-    config.numAttrs = dependent && moe_built_for_90() ? 1 : 0;
+    config.attrs = attributes;
+    if (dependent && moe_built_for_90()) {
+        cudaLaunchAttribute &early = attributes[config.numAttrs++];
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+        cudaLaunchAttribute &blocks = attributes[config.numAttrs++];
+        blocks.id = cudaLaunchAttributeClusterDimension;
+        blocks.val.clusterDim = {cluster, 1, 1};
+    }
     cudaLaunchKernelEx(&config, kernel, Params(args)...);
+}
+
+// The same without clusters.
+template <typename... Params, typename... Args>
+void moe_launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, void *stream, bool dependent,
+                const Args &...args)
+{
+    moe_launch_cluster(kernel, 1, grid, block, shared, stream, dependent, args...);
 }
 
 // After a launch. Reading the error also clears it, so that one failed call does not poison the next.

@@ -27,6 +27,27 @@ static __device__ inline void moe_grid_launch_dependents()
 #endif
 }
 
+// The thread's number, read anew: what is made of it before and after a loop that needs all registers is not to be kept
+// through that loop.
+static __device__ inline int moe_thread_again()
+{
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
+// Starts to bring `bytes` from p on (both multiples of 16) into L2. As it changes nothing and returns nothing, it may
+// come before moe_grid_wait(). Nothing happens below 9.0, where kernels never start early.
+static __device__ inline void moe_prefetch_l2(const void *p, uint32_t bytes)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#else
+    (void)p;
+    (void)bytes;
+#endif
+}
+
 static __device__ inline uint32_t moe_shared(const void *p)
 {
     return (uint32_t)__cvta_generic_to_shared(p);
@@ -98,6 +119,58 @@ static __device__ inline void moe_barrier_wait(uint32_t barrier, uint32_t parity
 #endif
 }
 
+// ---- Between blocks ----
+
+static __device__ inline int32_t moe_load_acquire(const int32_t *p)
+{
+    int32_t v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+static __device__ inline void moe_store_release(int32_t *p, int32_t v)
+{
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+static __device__ inline void moe_add_release(int32_t *p, int32_t v)
+{
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+// ---- Clusters: below 9.0 a block is one by itself ----
+
+// A barrier of all threads of a cluster, in two halves: what a thread did before it arrived can be seen by those that
+// have waited. Each arrives and waits in turns.
+static __device__ inline void moe_cluster_arrive()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+static __device__ inline void moe_cluster_wait()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// What lies at p, an address in this block's shared memory, in that of the cluster's block of this number.
+static __device__ inline int32_t moe_cluster_load(const int32_t *p, uint32_t block)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    uint32_t there;
+    int32_t v;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(moe_shared(p)), "r"(block));
+    asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(v) : "r"(there) : "memory");
+    return v;
+#else
+    (void)block;
+    return *p;
+#endif
+}
+
 // ---- Matrices ----
 
 // Four 8x8 matrices of 16-bit elements in shared memory, named by its 32-bit address. Lane 8i + r gives the address of
@@ -114,6 +187,26 @@ static __device__ inline void moe_ldmatrix_at(uint32_t (&r)[4], uint32_t shared)
 static __device__ inline void moe_ldmatrix(uint32_t (&r)[4], const void *shared)
 {
     moe_ldmatrix_at(r, moe_shared(shared));
+}
+
+// Transposes an 8x8 matrix of 16-bit elements, of which lane l holds elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
+static __device__ inline uint32_t moe_transpose_8x8(uint32_t v)
+{
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(v));
+    return v;
+}
+
+// Lanes 4q to 4q + 3 exchange so that lane 4q + i ends up with element i of each of them, in the order of the lanes.
+static __device__ inline uint4 moe_transpose_quad(int lane, uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3)
+{
+    constexpr unsigned ALL_LANES = 0xffffffffu;
+    const bool odd = lane & 1, high = lane & 2;
+    const uint32_t r01 = __shfl_xor_sync(ALL_LANES, odd ? v0 : v1, 1);
+    const uint32_t r23 = __shfl_xor_sync(ALL_LANES, odd ? v2 : v3, 1);
+    const uint32_t w0 = odd ? r01 : v0, w1 = odd ? v1 : r01, w2 = odd ? r23 : v2, w3 = odd ? v3 : r23;
+    const uint32_t r02 = __shfl_xor_sync(ALL_LANES, high ? w0 : w2, 2);
+    const uint32_t r13 = __shfl_xor_sync(ALL_LANES, high ? w1 : w3, 2);
+    return high ? make_uint4(r02, r13, w2, w3) : make_uint4(w0, w1, r02, r13);
 }
 
 // d[16][8] += a[16][16] . b[8][16]^T, in fp32. Lane l holds of a: rows l / 4 and l / 4 + 8, columns 2 (l % 4) + {0, 1}

@@ -20,14 +20,18 @@ constexpr int MAX_THREADS = 512;
 template <typename T> constexpr int vec = 16 / sizeof(T);
 
 // A strip is PARTS parts of 32 lanes * vec columns; SLOTS slots are loaded at once. Not ALIGNED: element by element.
+// `planned`: slot_row and row_weight may be read at once (kernels.h), and each warp waits before it reads down. Those
+// without a strip do not wait; the grid still ends after the kernel ahead, for the warp of the first strip does.
 template <typename From, typename To, int SLOTS, int PARTS, bool ALIGNED>
 __global__ void __launch_bounds__(MAX_THREADS)
     combine_kernel(const From *down, const int32_t *slot_row, const float *row_weight, int64_t tokens, int slots,
-                   int64_t hidden, To *output)
+                   int64_t hidden, To *output, bool planned)
 {
     constexpr int VEC = vec<From>, STRIP = PARTS * 32 * VEC;
     moe_grid_launch_dependents();
-    moe_grid_wait();
+    bool waited = !planned;
+    if (waited)
+        moe_grid_wait();
 
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const int64_t strips = (hidden + STRIP - 1) / STRIP, step = (int64_t)gridDim.x * warps;
@@ -38,6 +42,10 @@ __global__ void __launch_bounds__(MAX_THREADS)
             const int own = lane < SLOTS && s0 + lane < slots ? slot_row[t * slots + s0 + lane] : -1;
             const float own_weight = own >= 0 ? row_weight[own] : 0.0f;
             const unsigned used = __ballot_sync(ALL_LANES, own >= 0);
+            if (!waited) {
+                moe_grid_wait();
+                waited = true;
+            }
             uint4 loaded[SLOTS][PARTS];
             const From *row[SLOTS];
 #pragma unroll
@@ -75,21 +83,21 @@ __global__ void __launch_bounds__(MAX_THREADS)
     }
 }
 
-template <typename From, typename To, int SLOTS, int PARTS, bool ALIGNED> void launch(const struct moe_call *call)
+template <typename From, typename To, int SLOTS, int PARTS, bool ALIGNED>
+void launch(const struct moe_call *call, bool planned)
 {
     const struct moe_plan *plan = &call->plan.plan;
     const int64_t strips = moe_ceil_div(call->hidden, PARTS * 32 * vec<From>);
-    // A bound on the SMs leaves one block for each: a large one.
-    const int threads = call->max_sms > 0 ? MAX_THREADS : 128;
+    // A bound on the SMs leaves one block for each: a large one. Otherwise small ones, which find room beside the
+    // kernel before.
+    const int threads = call->max_sms > 0 ? MAX_THREADS : 64;
     const int64_t blocks = moe_ceil_div(call->tokens * strips, threads / 32);
     moe_launch(combine_kernel<From, To, SLOTS, PARTS, ALIGNED>, moe_grid(blocks, call->max_sms, call->exec->sms, 256),
                threads, 0, call->stream, call->exec->compute_capability == 90, (const From *)call->down, plan->slot_row,
-               plan->row_weight, call->tokens, call->slots, call->hidden, (To *)call->output);
+               plan->row_weight, call->tokens, call->slots, call->hidden, (To *)call->output, planned);
 }
 
-} // namespace
-
-moe_status moe_combine_cuda(const struct moe_call *call)
+moe_status combine(const struct moe_call *call, bool planned)
 {
     if (call->tokens == 0)
         return MOE_OK;
@@ -100,16 +108,28 @@ moe_status moe_combine_cuda(const struct moe_call *call)
             typedef decltype(from) From;
             typedef decltype(to) To;
             if (!aligned)
-                launch<From, To, 1, 1, false>(call);
+                launch<From, To, 1, 1, false>(call, planned);
             else if (call->slots <= 2)
-                launch<From, To, 2, 4, true>(call);
+                launch<From, To, 2, 4, true>(call, planned);
             else if (call->slots <= 4)
-                launch<From, To, 4, 2, true>(call);
+                launch<From, To, 4, 2, true>(call, planned);
             else if (call->slots <= 8)
-                launch<From, To, 8, 1, true>(call);
+                launch<From, To, 8, 1, true>(call, planned);
             else
-                launch<From, To, 16, 1, true>(call);
+                launch<From, To, 16, 1, true>(call, planned);
         });
     });
     return moe_launched(call->error, "combine");
+}
+
+} // namespace
+
+moe_status moe_combine_cuda(const struct moe_call *call)
+{
+    return combine(call, false);
+}
+
+moe_status moe_combine_planned_cuda(const struct moe_call *call)
+{
+    return combine(call, true);
 }

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // rows[r] = x[row_token[r]]
+//
+// Done from the tokens' side: each is read once, whatever the number of its rows. As in combine.cu a warp takes a strip
+// of one token's columns, and all of it is asked for before anything is stored.
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/kernels.h"
@@ -7,31 +10,49 @@
 namespace
 {
 
-constexpr int THREADS = 128;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr int MAX_THREADS = 512;
+constexpr int PARTS = 4; // of 32 pieces, to a strip
 
-// A block copies a row at a time, in pieces of type P. Only the device knows how many rows there are.
+// x [tokens][pieces], rows [..][pieces], in pieces of type P.
 template <typename P>
-__global__ void __launch_bounds__(THREADS, 8)
-    gather_kernel(const P *x, const int32_t *row_token, const int32_t *rows_used, int64_t pieces, P *__restrict__ rows)
+__global__ void __launch_bounds__(MAX_THREADS)
+    gather_kernel(const P *x, const int32_t *slot_row, int64_t tokens, int slots, int64_t pieces, P *rows)
 {
     moe_grid_launch_dependents();
     moe_grid_wait();
-    const int64_t used = *rows_used;
-    for (int64_t r = blockIdx.x; r < used; r += gridDim.x) {
-        const P *from = x + row_token[r] * pieces;
-        P *to = rows + r * pieces;
-        for (int64_t i = threadIdx.x; i < pieces; i += THREADS)
-            to[i] = from[i];
+
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    const int64_t strips = (pieces + PARTS * 32 - 1) / (PARTS * 32), step = (int64_t)gridDim.x * warps;
+    for (int64_t i = (int64_t)blockIdx.x * warps + threadIdx.x / 32; i < tokens * strips; i += step) {
+        const int64_t t = i / strips, at = i % strips * (PARTS * 32) + lane;
+        P strip[PARTS];
+#pragma unroll
+        for (int p = 0; p < PARTS; p++)
+            if (at + p * 32 < pieces)
+                strip[p] = x[t * pieces + at + p * 32];
+        for (int s0 = 0; s0 < slots; s0 += 32) {
+            const int own = s0 + lane < slots ? slot_row[t * slots + s0 + lane] : -1;
+            for (unsigned left = __ballot_sync(ALL_LANES, own >= 0); left != 0; left &= left - 1) {
+                P *to = rows + __shfl_sync(ALL_LANES, own, __ffs(left) - 1) * pieces + at;
+#pragma unroll
+                for (int p = 0; p < PARTS; p++)
+                    if (at + p * 32 < pieces)
+                        to[p * 32] = strip[p];
+            }
+        }
     }
 }
 
 template <typename P> void launch(const struct moe_call *call, size_t row_bytes)
 {
-    const struct moe_plan *plan = &call->plan.plan;
-    const unsigned grid = moe_grid(call->tokens * call->slots, call->max_sms, call->exec->sms, 16);
-    moe_launch(gather_kernel<P>, grid, THREADS, 0, call->stream, call->exec->compute_capability == 90,
-               (const P *)call->x, plan->row_token, plan->offsets + call->plan.groups, (int64_t)(row_bytes / sizeof(P)),
-               (P *)call->rows);
+    const int64_t pieces = (int64_t)(row_bytes / sizeof(P)), strips = moe_ceil_div(pieces, PARTS * 32);
+    // A bound on the SMs leaves one block for each: a large one.
+    const int threads = call->max_sms > 0 ? MAX_THREADS : 128;
+    const int64_t blocks = moe_ceil_div(call->tokens * strips, threads / 32);
+    moe_launch(gather_kernel<P>, moe_grid(blocks, call->max_sms, call->exec->sms, 256), threads, 0, call->stream,
+               call->exec->compute_capability == 90, (const P *)call->x, call->plan.plan.slot_row, call->tokens,
+               call->slots, pieces, (P *)call->rows);
 }
 
 } // namespace

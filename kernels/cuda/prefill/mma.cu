@@ -238,15 +238,6 @@ template <class Shape, bool GATED> __device__ void fetch(const gemm &g, char *sh
 //
 // A warp without rows in a tile only keeps count.
 
-// The thread's number, read anew: what is made of it before and after the loop over stages, which needs all registers,
-// is not to be kept through it.
-__device__ inline int thread_again()
-{
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return thread;
-}
-
 // The tokens and weights of a tile that are warp `warp`'s part.
 template <class Shape> __device__ inline int first_token(int warp)
 {
@@ -260,10 +251,10 @@ template <class Shape> __device__ inline int first_weight(int warp)
 
 template <class Shape, bool GATED> __device__ void store(const gemm &g, const note &n, const typename Shape::Part &part)
 {
-    const int warp = thread_again() / 32, token = first_token<Shape>(warp), weight = first_weight<Shape>(warp);
+    const int warp = moe_thread_again() / 32, token = first_token<Shape>(warp), weight = first_weight<Shape>(warp);
     const int column = n.column + (GATED ? weight / 2 : weight);
     typename Shape::T *c = (typename Shape::T *)g.c + (n.row + token) * g.n + column;
-    part.template store<GATED>(c, g.n, n.rows - token, g.n - column, thread_again() % 32);
+    part.template store<GATED>(c, g.n, n.rows - token, g.n - column, moe_thread_again() % 32);
 }
 
 template <class Shape, bool GATED> __device__ void multiply(const gemm &g, const char *shared, uint32_t base)
@@ -293,7 +284,7 @@ template <class Shape, bool GATED> __device__ void multiply(const gemm &g, const
         const int rows = notes[tile % TILES].rows;
         if (rows == 0)
             return;
-        if (rows <= first_token<Shape>(thread_again() / 32)) {
+        if (rows <= first_token<Shape>(moe_thread_again() / 32)) {
             for (int stage = 0; stage < g.stages; stage++)
                 next_stage();
             continue;

@@ -13,19 +13,6 @@
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/packed.h"
 
-// Lanes 4q to 4q + 3 exchange so that lane 4q + i ends up with element i of each of them, in the order of the lanes.
-static __device__ inline uint4 moe_transpose_quad(int lane, uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3)
-{
-    constexpr unsigned ALL_LANES = 0xffffffffu;
-    const bool odd = lane & 1, high = lane & 2;
-    const uint32_t r01 = __shfl_xor_sync(ALL_LANES, odd ? v0 : v1, 1);
-    const uint32_t r23 = __shfl_xor_sync(ALL_LANES, odd ? v2 : v3, 1);
-    const uint32_t w0 = odd ? r01 : v0, w1 = odd ? v1 : r01, w2 = odd ? r23 : v2, w3 = odd ? v3 : r23;
-    const uint32_t r02 = __shfl_xor_sync(ALL_LANES, high ? w0 : w2, 2);
-    const uint32_t r13 = __shfl_xor_sync(ALL_LANES, high ? w1 : w3, 2);
-    return high ? make_uint4(r02, r13, w2, w3) : make_uint4(w0, w1, r02, r13);
-}
-
 template <typename T, int TOKENS> struct mma_part {
     static constexpr int WEIGHTS = 64;
     static constexpr int MI = TOKENS / 16, NI = WEIGHTS / 8;

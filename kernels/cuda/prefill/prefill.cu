@@ -48,6 +48,11 @@ size_t moe_scratch_prefill(const struct moe_call *call)
     return moe_scratch_prefill_wgmma(call);
 }
 
+size_t moe_zeroed_prefill(const struct moe_call *call)
+{
+    return moe_scratch_prefill(call);
+}
+
 moe_status moe_ffn_prefill(const struct moe_call *call)
 {
     const int32_t tiles = wgmma_tiles(), config = call->config > 0 ? call->config : moe_prefill_config(call);

@@ -2,7 +2,9 @@
 // The grouped GEMM of compute capability 9.0 on the host: its tiles, its scratch memory, its tensor maps, the launches.
 #include "kernels/cuda/prefill/wgmma.cuh"
 
+
 #include "kernels/cuda/common/launch.cuh"
+#include "kernels/cuda/common/weight_map.h"
 #include "kernels/cuda/prefill/tensor_map.h"
 #include "kernels/cuda/prefill/wgmma_kernel.cuh"
 
@@ -10,13 +12,11 @@ namespace
 {
 
 // ---- Tiles ----
-//
-// Large tiles of tokens need less of L2 for each product; the smaller one's shorter stages and finished tiles suit the
-// time when reading weights is what counts.
+
 struct choice {
     const char *name;
     int nmax;
-    int64_t rows; // chosen where groups have up to this many rows on average
+    bool ordered; // GEMM 1's tokens are put into plan order first
     moe_status (*bf16)(const ffn_args &args, unsigned grid, bool dependent, cudaStream_t stream, struct moe_error *err);
     moe_status (*f16)(const ffn_args &args, unsigned grid, bool dependent, cudaStream_t stream, struct moe_error *err);
 };
@@ -29,44 +29,48 @@ moe_status launch(const ffn_args &args, unsigned grid, bool dependent, cudaStrea
     return moe_launched(err, "ffn prefill");
 }
 
-template <class Shape> constexpr choice make_choice(const char *name, int64_t rows)
+template <class Shape> constexpr choice make_choice(const char *name)
 {
-    return {name, Shape::NMAX, rows, launch<__nv_bfloat16, Shape>, launch<__half, Shape>};
+    return {name, Shape::NMAX, Shape::ORDERED, launch<__nv_bfloat16, Shape>, launch<__half, Shape>};
 }
 
-const choice choices[] = {
-    make_choice<ffn_shape<128, 4>>("wgmma-128", 80),
-    make_choice<ffn_shape<192, 4>>("wgmma-192", INT64_MAX),
+enum { TILE_128 = 1, TILE_192, TILE_192_ROWS, TILES = TILE_192_ROWS };
+const choice choices[TILES] = {
+    make_choice<ffn_shape<128, 4, false>>("wgmma-128"), // the smallest comes first
+    make_choice<ffn_shape<192, 4, false>>("wgmma-192"),
+    make_choice<ffn_shape<192, 4, true>>("wgmma-192-rows"),
 };
-constexpr int CHOICES = sizeof choices / sizeof choices[0];
 
-// ---- Scratch memory: the schedule, the tiles' counters, the items ----
-
-int32_t bands_of(int64_t rows)
+// Whether putting the tokens into plan order takes less time than it saves: a launch, and reading each token and
+// writing each row once, against the share of its products by which GEMM 1 is longer when threads gather its tokens.
+// That share grows with intermediate, what is moved does not. Seconds on an H200.
+bool ordering_pays(const struct moe_call *call)
 {
-    return (int32_t)moe_ceil_div(rows, MOE_BAND_ROWS);
+    constexpr double LAUNCH = 2e-6, BYTES_A_SECOND = 4e12, GATHER = 0.08, FLOPS = 620e12;
+    const double tokens = (double)call->tokens, rows = tokens * call->slots, hidden = (double)call->hidden;
+    const double copy = LAUNCH + (tokens + rows) * hidden * 2 / BYTES_A_SECOND;
+    return copy < GATHER * rows * hidden * (double)call->intermediate * 4 / FLOPS;
 }
 
-size_t aligned(uint64_t bytes)
+// Whether on average no more than one tile has the rows of a group: then each weight is read once, from memory.
+bool reads_once(const struct moe_call *call)
 {
-    return (bytes + 255) / 256 * 256;
+    return call->tokens * call->slots <= (int64_t)choices[TILE_192 - 1].nmax * call->plan.groups;
 }
 
-size_t carve(const struct moe_call *call, const choice &chosen, moe_schedule_args *args)
+// ---- Scratch memory: the items' counter, in a part of its own, then the tiles' ----
+
+constexpr size_t COUNTER_BYTES = 256;
+
+moe_items items_of(const struct moe_call *call, const choice &chosen)
 {
-    args->offsets = call->plan.plan.offsets;
-    args->groups = call->plan.groups;
-    args->bands1 = bands_of(2 * call->intermediate);
-    args->bands2 = bands_of(call->hidden);
-    args->nmax = chosen.nmax;
-    args->max_tiles = moe_max_tiles(call->tokens * call->slots, call->plan.groups, chosen.nmax);
-    char *at = (char *)call->scratch;
-    args->schedule = (moe_schedule *)at;
-    size_t used = aligned(sizeof(moe_schedule));
-    args->finished = (int32_t *)(at + used);
-    used += aligned(args->max_tiles * sizeof(int32_t));
-    args->items = (moe_item *)(at + used);
-    return used + args->max_tiles * (args->bands1 + args->bands2) * sizeof(moe_item);
+    return moe_items_make(call->plan.groups, chosen.nmax, (int32_t)moe_ceil_div(2 * call->intermediate, MOE_BAND_ROWS),
+                          (int32_t)moe_ceil_div(call->hidden, MOE_BAND_ROWS));
+}
+
+int64_t max_tiles(const struct moe_call *call, const choice &chosen)
+{
+    return moe_items_max_tiles(call->tokens * call->slots, call->plan.groups, chosen.nmax);
 }
 
 // ---- Tensor maps ----
@@ -80,45 +84,28 @@ moe_status map_rows(const struct moe_call *call, const void *base, int64_t colum
     return moe_tensor_map(map, call->dtype, 2, base, sizes, strides, boxes, call->error);
 }
 
-// Row-major weights: eights of rows, of gate and of up in turn, in the order of the packed layout.
-moe_status map_w13(const struct moe_call *call, CUtensorMap *map)
-{
-    const uint64_t row = (uint64_t)call->hidden * 2, width = (uint64_t)call->intermediate;
-    const uint64_t sizes[] = {(uint64_t)call->hidden, 8, 2, width / 8, (uint64_t)call->plan.groups};
-    const uint64_t strides[] = {row, width * row, 8 * row, 2 * width * row};
-    const uint32_t boxes[] = {MOE_PACKED_COLS, 8, 2, MOE_PACKED_ROWS / 16, 1};
-    return moe_tensor_map(map, call->dtype, 5, call->w13.data, sizes, strides, boxes, call->error);
-}
-
-moe_status map_w2(const struct moe_call *call, CUtensorMap *map)
-{
-    const uint64_t row = (uint64_t)call->intermediate * 2, height = (uint64_t)call->hidden;
-    const uint64_t sizes[] = {(uint64_t)call->intermediate, height, (uint64_t)call->plan.groups};
-    const uint64_t strides[] = {row, height * row};
-    const uint32_t boxes[] = {MOE_PACKED_COLS, MOE_PACKED_ROWS, 1};
-    return moe_tensor_map(map, call->dtype, 3, call->w2.data, sizes, strides, boxes, call->error);
-}
-
 } // namespace
 
 const char *moe_wgmma_tile_name(int32_t tile)
 {
-    return tile >= 1 && tile <= CHOICES ? choices[tile - 1].name : NULL;
+    return tile >= 1 && tile <= TILES ? choices[tile - 1].name : NULL;
 }
 
+// By the rows that groups have on average. Large tiles of tokens need less of L2 for each product; the smaller one's
+// shorter stages and finished tiles suit the time when reading weights is what counts. That hides the gather, too: up
+// to some 190 rows, where the products take as long as reading their weights, there is nothing to save.
 int32_t moe_wgmma_tile(const struct moe_call *call)
 {
     const int64_t rows = call->tokens * call->slots / call->plan.groups;
-    int32_t i = 0;
-    while (choices[i].rows < rows)
-        i++;
-    return i + 1;
+    if (rows <= 80)
+        return TILE_128;
+    return rows >= 192 && ordering_pays(call) ? TILE_192_ROWS : TILE_192;
 }
 
 size_t moe_scratch_prefill_wgmma(const struct moe_call *call)
 {
-    moe_schedule_args schedule;
-    return carve(call, choices[0], &schedule); // the smallest tiles make the longest list
+    // The smallest tiles are the most.
+    return COUNTER_BYTES + moe_ceil_div(max_tiles(call, choices[0]) * sizeof(int32_t), 16) * 16;
 }
 
 moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
@@ -133,10 +120,9 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
                         "path 'prefill': %lld tokens of %lld elements are too many for one call: split the batch",
                         (long long)call->tokens, (long long)call->hidden);
 
-    moe_schedule_args schedule;
-    carve(call, chosen, &schedule);
-    const int64_t items = schedule.max_tiles * (schedule.bands1 + schedule.bands2);
-    if (items > INT32_MAX || schedule.bands1 > MOE_ITEM_BANDS || schedule.bands2 > MOE_ITEM_BANDS)
+    const moe_items shape = items_of(call, chosen);
+    const int64_t items = max_tiles(call, chosen) * (shape.bands1 + shape.bands2);
+    if (items > INT32_MAX)
         return moe_fail(call->error, MOE_ERROR_UNSUPPORTED,
                         "path 'prefill': %lld tokens in a layer of %lld x %lld are too many: split the batch",
                         (long long)call->tokens, (long long)call->hidden, (long long)call->intermediate);
@@ -146,13 +132,13 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
     args.row_token = call->plan.plan.row_token;
     args.act = call->act;
     args.down = call->down;
-    args.schedule = schedule.schedule;
-    args.finished = schedule.finished;
-    args.items = schedule.items;
+    args.taken = (uint32_t *)call->scratch;
+    args.finished = (int32_t *)((char *)call->scratch + COUNTER_BYTES);
+    args.items = shape;
+    args.items.offsets = call->plan.plan.offsets;
     args.hidden = (int32_t)call->hidden;
     args.intermediate = (int32_t)call->intermediate;
-    args.bands1 = schedule.bands1;
-    args.bands2 = schedule.bands2;
+    args.once = reads_once(call);
     moe_status status = map_rows(call, call->act, call->intermediate, 64, &args.act_64);
     if (status == MOE_OK)
         status = map_rows(call, call->act, call->intermediate, 16, &args.act_16);
@@ -163,14 +149,19 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
     if (call->w13.layout == MOE_LAYOUT_PACKED) {
         args.w13 = (const char *)call->w13.data;
         args.w2 = (const char *)call->w2.data;
+        if (args.once) // of each of two bands
+            args.guess = moe_guessed_tiles(call->tokens * call->slots, call->plan.groups) / 2;
     } else {
         if (status == MOE_OK)
-            status = map_w13(call, &args.w13_rows);
+            status = moe_map_w13(call, &args.w13_rows);
         if (status == MOE_OK)
-            status = map_w2(call, &args.w2_rows);
+            status = moe_map_w2(call, &args.w2_rows);
     }
-    if (status == MOE_OK)
-        status = moe_schedule_cuda(schedule, call->max_sms, dependent, stream, call->error);
+    if (status == MOE_OK && chosen.ordered) {
+        struct moe_call gather = *call;
+        gather.rows = call->down; // wgmma_kernel.cuh says why they may lie there
+        status = moe_gather_cuda(&gather);
+    }
     if (status != MOE_OK)
         return status;
     const unsigned grid = moe_grid(items, call->max_sms, call->exec->sms, 1);

@@ -5,14 +5,16 @@
 
 #include "kernels/kernels.h"
 
-// x, plan -> act, down (both dtype), two launches on call->stream: the list of items, then both GEMMs. Weights in
-// either layout; H and I are multiples of 8, dtype is bf16 or f16. tile: one of moe_wgmma_tile_name's.
+// x, plan -> act, down (both dtype), on call->stream: for some tiles the tokens are put into plan order, then both
+// GEMMs run in one launch. x does not lie in `down`; all of the scratch memory is zero. Weights in either layout; H and
+// I are multiples of 8, dtype is bf16 or f16. tile: one of moe_wgmma_tile_name's.
 moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile);
 size_t moe_scratch_prefill_wgmma(const struct moe_call *call);
 
-// Names of the tiles, numbered from 1; they end with the most tokens in one. NULL past the last.
+// Names of the tiles, numbered from 1: the most tokens in one, and "rows" for those whose tokens are put into plan
+// order first. NULL past the last.
 const char *moe_wgmma_tile_name(int32_t tile);
-// The tile for as many rows as the call has.
+// The tile for a call of this shape.
 int32_t moe_wgmma_tile(const struct moe_call *call);
 
 #endif

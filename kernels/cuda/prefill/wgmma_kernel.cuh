@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The grouped GEMM of compute capability 9.0: one launch for both GEMMs of all groups.
 //
-// A block is three warpgroups. One loads: weights by bulk copies, tokens of GEMM 1 row by row through row_token (so
-// that no permuted copy of them is ever made), rows of GEMM 2 by tensor copies. Two multiply: each has 128 of an item's
-// 256 weight rows, as the operand m, and all of its tokens, as n; so a tile of tokens wastes nothing however few they
-// are, up to a step of 16. Between them is a ring of stages in shared memory, 64 columns of both operands each, which
-// goes on from item to item without a pause.
+// A block is three warpgroups. One loads: weights by bulk copies, rows of GEMM 2 by tensor copies, tokens of GEMM 1 row
+// by row through row_token, or where they have been put into plan order by tensor copies too. Two multiply: each has
+// 128 of an item's 256 weight rows, as the operand m, and all of its tokens, as n; so a tile of tokens wastes nothing
+// however few they are, up to a step of 16. Between them is a ring of stages in shared memory, 64 columns of both
+// operands each, which goes on from item to item without a pause.
 //
 // What L2 can deliver, and the power that it takes, are the limit more than the tensor cores: hence the broad band of
 // weights, with as many sums as the registers hold.
@@ -14,16 +14,26 @@
 // thread. The finished tile is turned to rows of tokens in stages of the ring, which it borrows, and leaves from there
 // by itself while the next item begins.
 //
-// Items are taken from one counter in the order of the list. Those of GEMM 2 come after all those of GEMM 1 whose
-// results they read, so that what an item waits for is always done or being done, on however few blocks the grid runs.
+// Tokens in plan order lie in `down`, where the results of GEMM 2 go, so that they need no memory of their own. A
+// tile's results come only when no copy reads its tokens any more: a multiplying warpgroup adds to the tile's counter
+// after it has waited for all the bytes of its item, the tokens' among them, and GEMM 2 of the tile begins with the
+// counter at its full number. So the reads are complete before the counter says so, and the stores, in whichever proxy,
+// follow from it. A copy may also read up to 15 rows of the next tile, which may just be changing: nobody keeps their
+// products.
+//
+// Items (items.h) are taken from one counter, in order. Those of GEMM 2 come after all those of GEMM 1 whose results
+// they read, so that what an item waits for is always done or being done, on however few blocks the grid runs. What an
+// item is each block finds for itself, from the plan's offsets and a table in shared memory: no kernel ahead makes a
+// list.
 #ifndef MOE_KERNELS_CUDA_PREFILL_WGMMA_KERNEL_CUH
 #define MOE_KERNELS_CUDA_PREFILL_WGMMA_KERNEL_CUH
 
 #include "kernels/cuda/common/activation.cuh"
 #include "kernels/cuda/common/dtype.cuh"
+#include "kernels/cuda/common/guess.cuh"
 #include "kernels/cuda/common/hopper.cuh"
 #include "kernels/cuda/common/ptx.cuh"
-#include "kernels/cuda/prefill/schedule.cuh"
+#include "kernels/cuda/prefill/items.h"
 
 namespace
 {
@@ -36,11 +46,12 @@ struct ffn_args {
     const int32_t *row_token;      // [R]
     void *act, *down;              // [R][I], [R][H]
     const char *w13, *w2;          // packed; NULL: row-major
-    moe_schedule *schedule;
-    int32_t *finished;
-    const moe_item *items;
+    uint32_t *taken;               // items so far; zero at the start. Blocks that find none left count on
+    int32_t *finished;             // [tiles]: how much of GEMM 1 is done of each; zero at the start
+    moe_items items;               // without the table
     int32_t hidden, intermediate;
-    int32_t bands1, bands2;
+    bool once;     // weights are read by one tile, most of them
+    int32_t guess; // tiles of weights to fetch before the routing is known
 };
 
 constexpr int WARPGROUP = 128;
@@ -51,9 +62,13 @@ constexpr int WEIGHT_BYTES = MULTIPLIERS * TILE_BYTES; // in a stage
 constexpr int M_BLOCKS = 2;                            // of 64 weight rows, to a warpgroup
 constexpr int SLOTS = 2;                               // items known in advance
 
-// NMAX tokens to a tile, STAGES in the ring.
-template <int NMAX_, int STAGES_> struct ffn_shape {
+// NMAX tokens to a tile, STAGES in the ring. ORDERED: GEMM 1's tokens lie in `down`, in plan order.
+template <int NMAX_, int STAGES_, bool ORDERED_> struct ffn_shape {
     static constexpr int NMAX = NMAX_, STAGES = STAGES_;
+    static constexpr bool ORDERED = ORDERED_;
+
+    // Threads that load: tensor copies need one, and so no more than its warp.
+    static constexpr int LOADERS = ORDERED ? 32 : WARPGROUP;
 
     // The finished tile in shared memory: pieces of 64 features of all tokens, one to a warpgroup of GEMM 1, two of
     // GEMM 2.
@@ -65,8 +80,9 @@ template <int NMAX_, int STAGES_> struct ffn_shape {
     // Shared memory.
     static constexpr int FULL = STAGES * STAGE, EMPTY = FULL + STAGES * 8;
     static constexpr int SLOT_FULL = EMPTY + STAGES * 8, SLOT_EMPTY = SLOT_FULL + SLOTS * 8;
-    static constexpr int ITEMS = (SLOT_EMPTY + SLOTS * 8 + 15) / 16 * 16;
-    static constexpr int BYTES = ITEMS + SLOTS * sizeof(moe_item);
+    static constexpr int ITEMS = SLOT_EMPTY + SLOTS * 8;
+    static constexpr int TABLE = ITEMS + SLOTS * sizeof(moe_item), SUMS = TABLE + (MOE_ITEM_TABLE + 1) * 4;
+    static constexpr int BYTES = SUMS + FFN_THREADS / 32 * 4;
     static_assert(STAGE % 1024 == 0 && NMAX % 64 == 0 && STAGES >= BORROWED2 + 2);
     static_assert(BYTES <= 227 * 1024, "a block of compute capability 9.0 has no more shared memory");
 };
@@ -83,33 +99,21 @@ template <int N> struct ring_place {
     }
 };
 
-struct ffn_work {
-    int row, rows, tile, group, band;
-    bool gemm2;
-};
-
 // Where both kinds of warpgroups read what is next.
 template <class Shape> struct item_reader {
     const uint32_t shared;
     ring_place<SLOTS> slot;
 
     // False: there is nothing left. Called by whole warps.
-    __device__ __forceinline__ bool next(ffn_work &work)
+    __device__ __forceinline__ bool next(moe_item &item)
     {
         moe_barrier_wait(shared + Shape::SLOT_FULL + slot.at * 8, slot.parity);
-        const int4 v = reinterpret_cast<const int4 *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[slot.at];
+        item = static_cast<const moe_item *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[slot.at];
         __syncwarp();
         if (threadIdx.x % 32 == 0)
             moe_barrier_arrive(shared + Shape::SLOT_EMPTY + slot.at * 8);
         slot.next();
-        const uint32_t weights = v.w;
-        work.row = v.x;
-        work.rows = v.y;
-        work.tile = v.z;
-        work.group = weights & (MOE_ITEM_GROUPS - 1);
-        work.band = weights >> MOE_ITEM_BAND_SHIFT;
-        work.gemm2 = weights & MOE_ITEM_GEMM2;
-        return work.rows > 0;
+        return item.rows > 0;
     }
 };
 
@@ -124,11 +128,11 @@ struct weight_source {
     int group, row;
     bool gemm2;
 
-    __device__ weight_source(const ffn_args &args, const ffn_work &work)
+    __device__ weight_source(const ffn_args &args, const moe_item &item)
     {
-        group = work.group;
-        row = work.band * MOE_BAND_ROWS;
-        gemm2 = work.gemm2;
+        group = item.group;
+        row = item.band * MOE_BAND_ROWS;
+        gemm2 = item.gemm2;
         map = gemm2 ? &args.w2_rows : &args.w13_rows;
         const char *base = gemm2 ? args.w2 : args.w13;
         const int64_t rows = gemm2 ? args.hidden : 2 * (int64_t)args.intermediate;
@@ -145,14 +149,17 @@ struct weight_source {
     }
 
     // The tiles of a block of columns.
-    __device__ __forceinline__ void load(uint32_t to, int block, uint32_t barrier) const
+    __device__ __forceinline__ void load(uint32_t to, int block, uint32_t barrier, bool once) const
     {
 #pragma unroll
         for (int m = 0; m < 2; m++) {
             const int first = row + m * MOE_PACKED_ROWS;
             if (bytes[m] == 0)
                 continue;
-            if (packed != NULL)
+            if (packed != NULL && once)
+                moe_bulk_load(to + m * TILE_BYTES, packed + m * next_tile + (int64_t)block * bytes[m], bytes[m],
+                              barrier, moe_policy_once());
+            else if (packed != NULL)
                 moe_bulk_load(to + m * TILE_BYTES, packed + m * next_tile + (int64_t)block * bytes[m], bytes[m],
                               barrier);
             else if (gemm2)
@@ -187,7 +194,7 @@ template <typename T, class Shape> struct ffn_loader {
     __device__ __forceinline__ void load_weights(const weight_source &source, int block, uint32_t token_bytes) const
     {
         moe_barrier_expect(full(), source.bytes[0] + source.bytes[1] + token_bytes);
-        source.load(shared + stage.at * Shape::STAGE, block, full());
+        source.load(shared + stage.at * Shape::STAGE, block, full(), args.once);
     }
 
     // Stages that the multiplying warpgroups may write to.
@@ -203,17 +210,17 @@ template <typename T, class Shape> struct ffn_loader {
     }
 
     // GEMM 1. A thread brings the same chunk of every 16th token.
-    __device__ __forceinline__ void gather(const ffn_work &work)
+    __device__ __forceinline__ void gather(const moe_item &item)
     {
         constexpr int STRIDE = WARPGROUP / 8, MOST = Shape::NMAX / STRIDE;
         const int chunk = threadIdx.x % 8, first = threadIdx.x / 8;
-        const weight_source source(args, work);
+        const weight_source source(args, item);
         const uint32_t row_chunks = args.hidden / 8;
-        const int mine = (work.rows - first + STRIDE - 1) / STRIDE;
+        const int mine = (item.rows - first + STRIDE - 1) / STRIDE;
         uint32_t at[MOST]; // where each row begins in x, in chunks: the host has seen to it that this fits
 #pragma unroll
         for (int i = 0; i < MOST; i++)
-            at[i] = i < mine ? args.row_token[work.row + first + i * STRIDE] * row_chunks : 0;
+            at[i] = i < mine ? args.row_token[item.row + first + i * STRIDE] * row_chunks : 0;
 
         const uint32_t place = first * ROW_BYTES + ((chunk ^ (first & 7)) << 4);
         const char *from = (const char *)args.x + chunk * 16;
@@ -235,60 +242,66 @@ template <typename T, class Shape> struct ffn_loader {
         }
     }
 
-    // GEMM 2. Rows past the item's are those of its neighbour, or zeros past the end of act; nobody keeps their
-    // products.
-    __device__ __forceinline__ void stream(const ffn_work &work)
+    // Rows in plan order: of act, or of tokens. Rows past the item's are those of its neighbour, or zeros past the end
+    // of all; nobody keeps their products.
+    __device__ __forceinline__ void stream(const moe_item &item)
     {
-        const weight_source source(args, work);
-        const int steps = (work.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP;
-        if (threadIdx.x == 0) {
-            const int32_t all = MULTIPLIERS * args.bands1;
-            while (moe_load_acquire(args.finished + work.tile) < all)
+        const weight_source source(args, item);
+        const int columns = item.gemm2 ? args.intermediate : args.hidden;
+        const CUtensorMap *by_64 = item.gemm2 ? &args.act_64 : &args.down_64;
+        const CUtensorMap *by_16 = item.gemm2 ? &args.act_16 : &args.down_16;
+        const int steps = (item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP;
+        if (item.gemm2 && threadIdx.x == 0) {
+            const int32_t all = MULTIPLIERS * args.items.bands1;
+            while (moe_load_acquire(args.finished + item.tile) < all)
                 ;
             moe_fence_async(); // what other blocks stored comes before the tensor copies
         }
-        for (int block = 0; block * COLS < args.intermediate; block++) {
+        for (int block = 0; block * COLS < columns; block++) {
             wait_empty();
             if (threadIdx.x == 0) {
                 load_weights(source, block, steps * MOE_ROW_STEP * ROW_BYTES);
                 uint32_t to = tokens();
-                int row = work.row;
+                int row = item.row;
                 for (int i = 0; i < steps / 4; i++, row += 64, to += 64 * ROW_BYTES)
-                    moe_tensor_load_2d(to, &args.act_64, block * COLS, row, full());
+                    moe_tensor_load_2d(to, by_64, block * COLS, row, full());
                 for (int i = 0; i < steps % 4; i++, row += 16, to += 16 * ROW_BYTES)
-                    moe_tensor_load_2d(to, &args.act_16, block * COLS, row, full());
+                    moe_tensor_load_2d(to, by_16, block * COLS, row, full());
             }
             moe_barrier_arrive(full());
             stage.next();
         }
     }
 
-    __device__ __forceinline__ void run()
+    // The first thread has taken item number `next`.
+    __device__ __forceinline__ void run(uint32_t next)
     {
         item_reader<Shape> reader{shared};
         const bool first = threadIdx.x == 0;
-        const int32_t items = args.schedule->items;
-        int32_t next = first ? atomicAdd(&args.schedule->taken, 1) : 0;
-        ffn_work work;
+        moe_items items = args.items;
+        items.first_tile = static_cast<const int32_t *>(__cvta_shared_to_generic(shared + Shape::TABLE));
+        if (Shape::ORDERED && first)
+            moe_fence_async(); // what the kernel ahead stored comes before the tensor copies
+        moe_item item;
         for (;;) {
             if (first) {
+                item.rows = 0;
+                if (next < (uint32_t)moe_items_count(&items))
+                    item = moe_items_at(&items, (int32_t)next);
                 const uint32_t at = reader.slot.at;
-                int4 item = {};
-                if (next < items) {
-                    item = *reinterpret_cast<const int4 *>(args.items + next);
-                    next = atomicAdd(&args.schedule->taken, 1); // arrives while the item is loaded
-                }
                 moe_barrier_wait(shared + Shape::SLOT_EMPTY + at * 8, reader.slot.parity ^ 1);
-                reinterpret_cast<int4 *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[at] = item;
+                static_cast<moe_item *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[at] = item;
                 moe_barrier_arrive(shared + Shape::SLOT_FULL + at * 8);
             }
-            if (!reader.next(work))
+            if (!reader.next(item))
                 return;
-            if (work.gemm2)
-                stream(work);
+            if (Shape::ORDERED || item.gemm2)
+                stream(item);
             else
-                gather(work);
-            lend(work.gemm2 ? Shape::BORROWED2 : Shape::BORROWED1);
+                gather(item);
+            if (first) // not sooner: who takes an item early keeps it from those who are free
+                next = atomicAdd(args.taken, 1);
+            lend(item.gemm2 ? Shape::BORROWED2 : Shape::BORROWED1);
         }
     }
 };
@@ -441,13 +454,13 @@ template <typename T, class Shape> struct ffn_multiplier {
     }
 
     // GEMM 1: of each pair of eights of rows one is gate, one up.
-    __device__ __forceinline__ void finish_gated(const ffn_work &work)
+    __device__ __forceinline__ void finish_gated(const moe_item &item)
     {
         const int lane = thread % 32, warp = thread / 32;
         const uint32_t place = borrow(Shape::BORROWED1, Shape::PIECE);
 #pragma unroll
         for (int q = 0; q < Shape::NMAX; q += 32) {
-            if (q >= work.rows)
+            if (q >= item.rows)
                 break;
 #pragma unroll
             for (int m = 0; m < M_BLOCKS; m++) {
@@ -462,11 +475,11 @@ template <typename T, class Shape> struct ffn_multiplier {
             }
         }
         send<1>(place, &args.act_64, &args.act_16, args.act, args.intermediate,
-                (int64_t)work.band * (MOE_BAND_ROWS / 2) + half * 64, work.row, work.rows);
-        unsettled = work.tile;
+                (int64_t)item.band * (MOE_BAND_ROWS / 2) + half * 64, item.row, item.rows);
+        unsettled = item.tile;
     }
 
-    __device__ __forceinline__ void finish_down(const ffn_work &work)
+    __device__ __forceinline__ void finish_down(const moe_item &item)
     {
         const int lane = thread % 32, warp = thread / 32;
         const uint32_t place = borrow(Shape::BORROWED2, 2 * Shape::PIECE);
@@ -474,7 +487,7 @@ template <typename T, class Shape> struct ffn_multiplier {
             place + (lane / 16 * 8 + lane % 8) * ROW_BYTES + (((warp * 2 + lane / 8 % 2) ^ (lane & 7)) << 4);
 #pragma unroll
         for (int q = 0; q < Shape::NMAX; q += MOE_ROW_STEP) {
-            if (q >= work.rows)
+            if (q >= item.rows)
                 break;
 #pragma unroll
             for (int m = 0; m < M_BLOCKS; m++) {
@@ -484,32 +497,67 @@ template <typename T, class Shape> struct ffn_multiplier {
             }
         }
         send<2>(place, &args.down_64, &args.down_16, args.down, args.hidden,
-                (int64_t)work.band * MOE_BAND_ROWS + half * 128, work.row, work.rows);
+                (int64_t)item.band * MOE_BAND_ROWS + half * 128, item.row, item.rows);
     }
 
     __device__ __forceinline__ void run()
     {
         item_reader<Shape> reader{shared};
         const int blocks1 = (args.hidden + COLS - 1) / COLS, blocks2 = (args.intermediate + COLS - 1) / COLS;
-        ffn_work work;
+        moe_item item;
         for (;;) {
-            const bool more = reader.next(work);
+            const bool more = reader.next(item);
             // What this block waits for from here on may be its own results.
-            if (unsettled >= 0 && (!more || work.gemm2))
+            if (unsettled >= 0 && (!more || item.gemm2))
                 settle();
             if (!more)
                 break;
-            multiply_any<Shape::NMAX>((work.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP, work.gemm2 ? blocks2 : blocks1,
-                                      !work.gemm2);
-            if (work.gemm2)
-                finish_down(work);
+            multiply_any<Shape::NMAX>((item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP, item.gemm2 ? blocks2 : blocks1,
+                                      !Shape::ORDERED && !item.gemm2);
+            if (item.gemm2)
+                finish_down(item);
             else
-                finish_gated(work);
+                finish_gated(item);
         }
         if (thread == 0)
             moe_store_wait(); // shared memory is the block's only as long as it runs
     }
 };
+
+// The table of items, by the whole block; sums [warps]. Its last number is there for the first thread alone, which is
+// the one that asks for items.
+__device__ __forceinline__ void make_table(const moe_items &items, int32_t *first_tile, int32_t *sums)
+{
+    constexpr unsigned ALL_LANES = 0xffffffffu;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int32_t before = 0;
+    for (int i = 0; i < items.entries; i += FFN_THREADS) {
+        const int entry = i + threadIdx.x;
+        const int32_t own = entry < items.entries ? moe_items_entry_tiles(&items, entry) : 0;
+        int32_t sum = own;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            const int32_t v = __shfl_up_sync(ALL_LANES, sum, d);
+            if (lane >= d)
+                sum += v;
+        }
+        if (lane == 31)
+            sums[warp] = sum;
+        __syncthreads();
+        sum += before - own;
+#pragma unroll
+        for (int w = 0; w < FFN_THREADS / 32; w++) {
+            if (w < warp)
+                sum += sums[w];
+            before += sums[w];
+        }
+        if (entry < items.entries)
+            first_tile[entry] = sum;
+        __syncthreads();
+    }
+    if (threadIdx.x == 0)
+        first_tile[items.entries] = before;
+}
 
 template <typename T, class Shape>
 __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_constant__ ffn_args args)
@@ -519,23 +567,31 @@ __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_consta
     const uint32_t shared = moe_shared(ffn_memory);
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::STAGES; i++) {
-            moe_barrier_init(shared + Shape::FULL + i * 8, WARPGROUP + 1);
+            moe_barrier_init(shared + Shape::FULL + i * 8, Shape::LOADERS + 1);
             moe_barrier_init(shared + Shape::EMPTY + i * 8, MULTIPLIERS * WARPGROUP / 32);
         }
         for (int i = 0; i < SLOTS; i++) {
             moe_barrier_init(shared + Shape::SLOT_FULL + i * 8, 1);
-            moe_barrier_init(shared + Shape::SLOT_EMPTY + i * 8, FFN_THREADS / 32);
+            moe_barrier_init(shared + Shape::SLOT_EMPTY + i * 8, (Shape::LOADERS + MULTIPLIERS * WARPGROUP) / 32);
         }
         moe_barrier_init_done();
     }
+    // Items begin with the first bands of the first group in use, two tiles side by side.
+    if (threadIdx.x % 32 == 0 && threadIdx.x / 32 < 2 && args.guess > 0)
+        moe_fetch_guess(args.w13, args.hidden, args.intermediate, args.items.groups,
+                        blockIdx.x * 2 + threadIdx.x / 32, args.guess);
     __syncthreads();
     moe_grid_launch_dependents();
     moe_grid_wait();
+    const uint32_t next = threadIdx.x == 0 ? atomicAdd(args.taken, 1) : 0; // arrives while the table is made
+    make_table(args.items, reinterpret_cast<int32_t *>(ffn_memory + Shape::TABLE),
+               reinterpret_cast<int32_t *>(ffn_memory + Shape::SUMS));
 
     // 168 registers a thread at the start: what the loading warpgroup gives up the multiplying ones get.
     if (threadIdx.x < WARPGROUP) {
         moe_registers_less<56>();
-        ffn_loader<T, Shape>{args, shared}.run();
+        if (threadIdx.x < Shape::LOADERS)
+            ffn_loader<T, Shape>{args, shared}.run(next);
     } else {
         moe_registers_more<224>();
         ffn_multiplier<T, Shape>(args, shared).run();

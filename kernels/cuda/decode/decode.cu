@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// The decode path's FFN: which of its kernels runs, and where things lie in its scratch memory. Configuration 1 is that
+// of compute capability 9.0, configuration 2 that of mma.sync.
+#include "kernels/cuda/common/launch.cuh"
+#include "kernels/cuda/decode/decode.cuh"
+#include "kernels/cuda/decode/mma.cuh"
+#include "kernels/cuda/decode/wgmma.cuh"
+
+namespace
+{
+
+const char *const names[] = {"wgmma", "mma"};
+enum { WGMMA = 1, MMA };
+
+bool has_wgmma(const struct moe_exec *exec)
+{
+    return exec->compute_capability == 90 && moe_built_for_90();
+}
+
+size_t aligned(uint64_t bytes)
+{
+    return (bytes + 255) / 256 * 256;
+}
+
+// More tiles than this many rows can make there never are.
+int64_t max_tiles(int64_t rows, int32_t groups, int32_t most)
+{
+    return rows > 0 ? rows / most + (groups < rows ? groups : rows) : 0;
+}
+
+} // namespace
+
+void moe_decode_prepare(const struct moe_call *call, moe_decode_args *args, size_t *bytes, size_t *zeroed)
+{
+    const int64_t rows = call->tokens * call->slots;
+    args->x = call->x;
+    args->row_token = call->plan.plan.row_token;
+    args->act = call->act;
+    args->down = call->down;
+    args->w13 = (const char *)call->w13.data;
+    args->w2 = (const char *)call->w2.data;
+    args->offsets = call->plan.plan.offsets;
+    args->groups = call->plan.groups;
+    args->hidden = (int32_t)call->hidden;
+    args->intermediate = (int32_t)call->intermediate;
+    args->most_log2 = 3;
+    while (1 << args->most_log2 < MOE_DECODE_TOKENS && 1 << args->most_log2 < call->tokens)
+        args->most_log2++;
+    args->workers = call->max_sms > 0 && call->max_sms < call->exec->sms ? call->max_sms : call->exec->sms;
+
+    char *scratch = (char *)call->scratch;
+    size_t used = 0;
+    const auto take = [&](uint64_t size) {
+        char *at = scratch != NULL ? scratch + used : NULL;
+        used += aligned(size);
+        return at;
+    };
+    args->taken = (int32_t *)take(sizeof(int32_t));
+    args->slot_state = (int32_t *)take((uint64_t)args->workers * MOE_SLOT_PARTS * sizeof(int32_t));
+    args->finished = (int32_t *)take(max_tiles(rows, args->groups, 1 << args->most_log2) * sizeof(int32_t));
+    *zeroed = used;
+    args->sums = (float *)take(((uint64_t)args->workers * MOE_PACKED_ROWS << args->most_log2) * sizeof(float));
+    *bytes = used;
+}
+
+const char *moe_decode_config_name(int32_t config)
+{
+    return config <= MMA ? names[config - 1] : NULL;
+}
+
+int32_t moe_decode_config(const struct moe_call *call)
+{
+    return has_wgmma(call->exec) ? WGMMA : MMA;
+}
+
+moe_status moe_decode_config_check(const struct moe_exec *exec, int32_t config, struct moe_error *why)
+{
+    if (config == MMA)
+        return moe_decode_mma_check(exec, why);
+    if (has_wgmma(exec))
+        return MOE_OK;
+    return moe_fail(why, MOE_ERROR_UNSUPPORTED,
+                    "decode configuration '%s' needs a GPU of compute capability 9.0, and a build for it",
+                    names[config - 1]);
+}
+
+size_t moe_scratch_decode(const struct moe_call *call)
+{
+    moe_decode_args args;
+    size_t bytes, zeroed;
+    moe_decode_prepare(call, &args, &bytes, &zeroed);
+    return bytes;
+}
+
+size_t moe_zeroed_decode(const struct moe_call *call)
+{
+    moe_decode_args args;
+    size_t bytes, zeroed;
+    moe_decode_prepare(call, &args, &bytes, &zeroed);
+    return zeroed;
+}
+
+moe_status moe_ffn_decode(const struct moe_call *call)
+{
+    const int32_t config = call->config > 0 ? call->config : moe_decode_config(call);
+    moe_decode_args args;
+    size_t bytes, zeroed;
+    moe_status status = moe_decode_config_check(call->exec, config, call->error);
+    if (status != MOE_OK || call->tokens == 0)
+        return status;
+    moe_decode_prepare(call, &args, &bytes, &zeroed);
+
+    // Rows are found by their number times the chunks of 16 bytes in a row; items are counted in 32 bits.
+    const int64_t tiles = max_tiles(call->tokens * call->slots, args.groups, 1 << args.most_log2);
+    const int64_t bands =
+        moe_ceil_div(2 * call->intermediate, MOE_PACKED_ROWS) + moe_ceil_div(call->hidden, MOE_PACKED_ROWS);
+    const int64_t longest = call->hidden > call->intermediate ? call->hidden : call->intermediate;
+    if (call->tokens * call->slots * (longest / 8) > UINT32_MAX ||
+        tiles * bands + 4 * (int64_t)args.workers > INT32_MAX)
+        return moe_fail(call->error, MOE_ERROR_UNSUPPORTED,
+                        "path 'decode': %lld tokens in a layer of %lld x %lld are too many: split the batch",
+                        (long long)call->tokens, (long long)call->hidden, (long long)call->intermediate);
+    return config == MMA ? moe_ffn_decode_mma(call, args) : moe_ffn_decode_wgmma(call, args);
+}

@@ -1,0 +1,644 @@
+// SPDX-License-Identifier: Apache-2.0
+// The decode path's FFN for compute capability 9.0: one launch that reads the weights of all experts in use once, at
+// the speed of memory, from the first tile of GEMM 1 to the last of GEMM 2.
+//
+// What a block does is a stream of stages: 64 columns of 128 weight rows, which one bulk copy brings, and of the tokens
+// that they are multiplied with. One warp starts the copies of weights as soon as a stage is free, and nothing but a
+// full ring ever holds it up: GEMM 2's weights are on their way while GEMM 1's results are not there yet. Four warps
+// bring the tokens, and these do wait. Two warpgroups multiply, each 64 of the weight rows, as the operand m; tokens
+// are n, so that few of them waste nothing. What takes a while but nobody must wait for has warps of its own: finding
+// the tasks to come, and telling other blocks what is in memory.
+//
+// How long the ring is, and how many tokens a stage has room for, is found on the device: by the largest tile.
+#include "kernels/cuda/decode/wgmma.cuh"
+
+#include "kernels/cuda/common/activation.cuh"
+#include "kernels/cuda/common/dtype.cuh"
+#include "kernels/cuda/common/guess.cuh"
+#include "kernels/cuda/common/hopper.cuh"
+#include "kernels/cuda/common/launch.cuh"
+#include "kernels/cuda/common/ptx.cuh"
+#include "kernels/cuda/common/weight_map.h"
+
+namespace
+{
+
+struct wgmma_args {
+    moe_decode_args decode;
+    CUtensorMap w13_rows, w2_rows; // row-major weights, in the order of the packed layout
+    int packed;
+    int32_t guess; // tiles of a band to fetch before the routing is known
+    int32_t ring_bytes;
+};
+
+constexpr int WARPGROUP = 128, MULTIPLIERS = 2; // warpgroups
+static_assert(MULTIPLIERS == MOE_SLOT_PARTS, "each sees to its part of a slot");
+constexpr int LOADERS = WARPGROUP; // threads that bring tokens: the first ones
+
+// Warps, in this order.
+constexpr int FIRST_MULTIPLIER = LOADERS / 32, WEIGHT_LOADER = FIRST_MULTIPLIER + MULTIPLIERS * WARPGROUP / 32;
+constexpr int WALKER = WEIGHT_LOADER + 1, FIRST_HERALD = WALKER + 1; // a herald for each multiplying warpgroup
+constexpr int WARPS = FIRST_HERALD + MULTIPLIERS, THREADS = WARPS * 32;
+
+constexpr int ROW_BYTES = MOE_PACKED_ROW_BYTES, COLS = MOE_PACKED_COLS, TILE_BYTES = MOE_PACKED_TILE_BYTES;
+constexpr int MOST = MOE_DECODE_TOKENS;
+
+// Stages at most. The ring takes what shared memory there is; where tiles are small this is where it ends.
+constexpr int MAX_STAGES = 12;
+// Of these, whose weights may be under way at a time. 64 KB are enough to keep memory busy; with twice that the queues
+// to it fill up, and it delivers up to a tenth less. Whoever is early with GEMM 1 fills the ring for GEMM 2 more
+// slowly, for that has to wait for the others.
+constexpr uint32_t UNDER_WAY = 4, UNDER_WAY_EARLY = 2;
+constexpr int NOTES = 8; // tasks that the walker may be ahead of the last of the others
+constexpr int LEAD = 12; // blocks before the end of a task when the next one is looked for
+constexpr int MAILS = 4; // that a herald may be behind
+
+// What a herald is to tell: `slots` states of this part of slots that follow each other are `value` now, or without
+// any, the number at `address` has grown by it. address NULL: the end.
+struct alignas(16) mail {
+    int32_t *address;
+    int32_t value, slots;
+};
+
+// Shared memory: barriers, notes, mails, the largest tile, the tasks whose end is near, the list of groups, and from
+// the next multiple of 1024 on the finished tiles of both multiplying warpgroups, then the ring.
+constexpr int WEIGHTS_FULL = 0, TOKENS_FULL = WEIGHTS_FULL + MAX_STAGES * 8, EMPTY = TOKENS_FULL + MAX_STAGES * 8;
+constexpr int NOTE_FULL = EMPTY + MAX_STAGES * 8, NOTE_EMPTY = NOTE_FULL + NOTES * 8;
+constexpr int MAIL_FULL = NOTE_EMPTY + NOTES * 8, MAIL_EMPTY = MAIL_FULL + MULTIPLIERS * MAILS * 8;
+constexpr int NOTE = (MAIL_EMPTY + MULTIPLIERS * MAILS * 8 + 15) / 16 * 16;
+constexpr int MAIL = NOTE + NOTES * sizeof(moe_decode_task);
+constexpr int LARGEST = MAIL + MULTIPLIERS * MAILS * sizeof(mail), ENDING = LARGEST + 4, GROUPS = ENDING + 4;
+
+__host__ __device__ constexpr int ring_begin(int groups)
+{
+    return (GROUPS + (groups + 1) * (int)sizeof(moe_decode_group) + 1023) / 1024 * 1024;
+}
+
+// Of shared memory, for a small block of the kernel that comes next, so that it can be there when this one ends.
+constexpr int SPARE_BYTES = 2048;
+static_assert((227 * 1024 - SPARE_BYTES - ring_begin(MOE_MAX_EXPERTS) - MULTIPLIERS * MOST * ROW_BYTES) /
+                      (TILE_BYTES + MOST * ROW_BYTES) >=
+                  UNDER_WAY,
+              "with fewer stages a barrier could be a round ahead of who looks back at it");
+
+// A place in a ring, and the parity of the round in which it is used.
+struct ring_place {
+    uint32_t at = 0, parity = 0;
+
+    __device__ void next(uint32_t size)
+    {
+        if (++at == size) {
+            at = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// One of the block's threads or warps on its way through notes and stages.
+struct follower {
+    const wgmma_args &args;
+    const uint32_t shared; // the block's memory
+    ring_place stage, note;
+    uint32_t stages = 0, stage_bytes;
+    uint32_t ring;  // the first stage
+    uint32_t piece; // a finished tile's bytes, one to a multiplying warpgroup, right before the ring
+
+    __device__ follower(const wgmma_args &a, uint32_t s) : args(a), shared(s)
+    {
+    }
+
+    // The ring's measures follow from the largest tile, which the walker has found when the first note comes. A stage's
+    // tokens are multiplied in eights, or in sixteens from there on.
+    __device__ __forceinline__ void measure()
+    {
+        const int32_t largest = *reinterpret_cast<const int32_t *>(__cvta_shared_to_generic(shared + LARGEST));
+        const uint32_t tokens = largest <= 8 ? 8 : (largest + 15) / 16 * 16;
+        piece = tokens * ROW_BYTES;
+        ring = shared + ring_begin(args.decode.groups) + MULTIPLIERS * piece;
+        stage_bytes = TILE_BYTES + piece;
+        // Never too many: the numbers are far from what this quotient cannot tell apart.
+        const float fit = __fdividef((float)(args.ring_bytes - MULTIPLIERS * piece), (float)stage_bytes);
+        stages = min((uint32_t)MAX_STAGES, (uint32_t)fit);
+    }
+
+    __device__ uint32_t weights() const
+    {
+        return ring + stage.at * stage_bytes;
+    }
+
+    __device__ uint32_t tokens() const
+    {
+        return weights() + TILE_BYTES;
+    }
+
+    __device__ uint32_t weights_full() const
+    {
+        return shared + WEIGHTS_FULL + stage.at * 8;
+    }
+
+    __device__ uint32_t tokens_full() const
+    {
+        return shared + TOKENS_FULL + stage.at * 8;
+    }
+
+    __device__ uint32_t empty() const
+    {
+        return shared + EMPTY + stage.at * 8;
+    }
+
+    __device__ const moe_decode_task *note_at() const
+    {
+        return reinterpret_cast<const moe_decode_task *>(__cvta_shared_to_generic(shared + NOTE)) + note.at;
+    }
+
+    // How many of the tasks, in order, have their last weights asked for, or nearly.
+    __device__ volatile int32_t *ending() const
+    {
+        return reinterpret_cast<volatile int32_t *>(__cvta_shared_to_generic(shared + ENDING));
+    }
+
+    // By whole warps. False: there is nothing left.
+    __device__ __forceinline__ bool next(moe_decode_task &task)
+    {
+        moe_barrier_wait(shared + NOTE_FULL + note.at * 8, note.parity);
+        task = *note_at();
+        if (stages == 0)
+            measure();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0)
+            moe_barrier_arrive(shared + NOTE_EMPTY + note.at * 8);
+        note.next(NOTES);
+        return task.rows > 0;
+    }
+};
+
+// ---- Finding tasks: a warp ----
+
+struct walker : follower {
+    using follower::follower;
+
+    __device__ void run()
+    {
+        const bool first = threadIdx.x % 32 == 0;
+        const int32_t taken = moe_decode_walk::take(args.decode);
+        moe_decode_group *groups = reinterpret_cast<moe_decode_group *>(__cvta_shared_to_generic(shared + GROUPS));
+        const int32_t largest = moe_decode_groups(args.decode, groups);
+        if (first)
+            *reinterpret_cast<int32_t *>(__cvta_shared_to_generic(shared + LARGEST)) = largest;
+        moe_decode_walk walk(args.decode, groups, taken);
+        moe_decode_task task;
+        for (int32_t tasks = 0;; tasks++) {
+            walk.next(task, [&] {
+                while (*ending() < tasks)
+                    ;
+            });
+            if (first) {
+                moe_barrier_wait(shared + NOTE_EMPTY + note.at * 8, note.parity ^ 1);
+                *const_cast<moe_decode_task *>(note_at()) = task;
+                moe_barrier_arrive(shared + NOTE_FULL + note.at * 8);
+            }
+            __syncwarp();
+            note.next(NOTES);
+            if (task.rows == 0)
+                return;
+        }
+    }
+};
+
+// ---- Weights: one thread ----
+
+struct weight_loader : follower {
+    using follower::follower;
+    ring_place oldest;      // of the stages whose weights are under way
+    uint32_t under_way = 0; // how many these are
+    uint32_t early = 0;     // stages filled for GEMM 2, up to the whole ring
+    int32_t tasks = 0;
+    const uint64_t policy = moe_policy_once();
+
+    __device__ __forceinline__ void load(const moe_decode_task &task)
+    {
+        const moe_decode_args &d = args.decode;
+        const int64_t rows = task.gemm2 ? d.hidden : 2 * (int64_t)d.intermediate;
+        const int64_t cols = task.gemm2 ? d.intermediate : d.hidden;
+        const int first = task.band * MOE_PACKED_ROWS;
+        const int64_t left = moe_packed_rows(rows) - first;
+        // A box through a tensor map is whole always, what is past the end being zeros.
+        const uint32_t bytes = left >= MOE_PACKED_ROWS || !args.packed ? TILE_BYTES : (uint32_t)left * ROW_BYTES;
+        const char *from = (task.gemm2 ? d.w2 : d.w13) + task.group * moe_packed_expert_bytes(rows, cols) +
+                           task.band * (moe_packed_blocks(cols) * TILE_BYTES) + (int64_t)task.begin * bytes;
+        for (int block = task.begin; block < task.end; block++) {
+            if (block == max(task.begin, task.end - LEAD))
+                *ending() = ++tasks;
+            const bool is_early = task.gemm2 && early < stages;
+            early += is_early;
+            for (under_way++; under_way > (is_early ? UNDER_WAY_EARLY : UNDER_WAY); under_way--) {
+                moe_barrier_wait(shared + WEIGHTS_FULL + oldest.at * 8, oldest.parity);
+                oldest.next(stages);
+            }
+            moe_barrier_wait(empty(), stage.parity ^ 1);
+            const uint32_t full = weights_full();
+            moe_barrier_expect(full, bytes);
+            if (args.packed)
+                moe_bulk_load(weights(), from, bytes, full, policy);
+            else if (task.gemm2)
+                moe_tensor_load_3d(weights(), &args.w2_rows, block * COLS, first, task.group, full, policy);
+            else
+                moe_tensor_load_5d(weights(), &args.w13_rows, block * COLS, 0, 0, first / 16, task.group, full, policy);
+            from += bytes;
+            stage.next(stages);
+        }
+    }
+
+    __device__ void run()
+    {
+        moe_decode_task task;
+        while (next(task))
+            load(task);
+    }
+};
+
+// ---- Tokens: a warpgroup ----
+
+struct token_loader : follower {
+    using follower::follower;
+
+    // A thread brings the same chunk of every 16th token: rows of x, or rows of act, which are in the plan's order.
+    __device__ __forceinline__ void load(const moe_decode_task &task)
+    {
+        constexpr int STRIDE = LOADERS / 8, EACH = MOST / STRIDE;
+        const moe_decode_args &d = args.decode;
+        const int chunk = threadIdx.x % 8, first = threadIdx.x / 8;
+        const int cols = task.gemm2 ? d.intermediate : d.hidden;
+        const int mine = (task.rows - first + STRIDE - 1) / STRIDE;
+        const uint32_t row_chunks = cols / 8;
+        uint32_t at[EACH]; // where each row begins, in chunks: the host has seen to it that this fits
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int row = task.row + first + i * STRIDE;
+            at[i] = i < mine ? (task.gemm2 ? row : d.row_token[row]) * row_chunks : 0;
+        }
+        if (task.gemm2) {
+            // Each warp looks for itself, so that all of it sees what the multiplying warpgroups have stored.
+            const int32_t bands1 = (2 * d.intermediate + MOE_PACKED_ROWS - 1) / MOE_PACKED_ROWS;
+            while (moe_load_acquire(d.finished + task.tile) < MULTIPLIERS * bands1)
+                ;
+        }
+        const uint32_t place = first * ROW_BYTES + ((chunk ^ (first & 7)) << 4);
+        const char *from = (const char *)(task.gemm2 ? d.act : d.x) + chunk * 16 + (int64_t)task.begin * ROW_BYTES;
+        int left = cols - chunk * 8 - task.begin * COLS; // columns from this thread's chunk on
+        for (int block = task.begin; block < task.end; block++) {
+            moe_barrier_wait(empty(), stage.parity ^ 1);
+            const uint32_t to = tokens() + place;
+            const int bytes = left > 0 ? 16 : 0; // past the row's end zeros, as in the weights
+#pragma unroll
+            for (int i = 0; i < EACH; i++)
+                if (i < mine)
+                    moe_cp_async_to(to + i * STRIDE * ROW_BYTES, left > 0 ? from + at[i] * (uint64_t)16 : from, bytes);
+            moe_barrier_arrive_cp_async(tokens_full());
+            from += ROW_BYTES;
+            left -= COLS;
+            stage.next(stages);
+        }
+    }
+
+    __device__ void run()
+    {
+        moe_decode_task task;
+        while (next(task))
+            load(task);
+    }
+};
+
+// ---- Telling other blocks: one thread for each multiplying warpgroup ----
+//
+// A release at the scope of the GPU waits until all that came before is in memory, one or two microseconds. So those
+// who store leave a mail, which all their warps sign: what they have stored, or read, comes before the herald's
+// release.
+
+struct mailbox {
+    const uint32_t shared;
+    const int half; // which of the two
+    ring_place place;
+
+    __device__ uint32_t full() const
+    {
+        return shared + MAIL_FULL + (half * MAILS + place.at) * 8;
+    }
+
+    __device__ uint32_t empty() const
+    {
+        return shared + MAIL_EMPTY + (half * MAILS + place.at) * 8;
+    }
+
+    __device__ mail *at() const
+    {
+        return reinterpret_cast<mail *>(__cvta_shared_to_generic(shared + MAIL)) + half * MAILS + place.at;
+    }
+
+    // By all of a warpgroup.
+    __device__ __forceinline__ void send(int thread, int32_t *address, int32_t value, int32_t slots)
+    {
+        moe_barrier_wait(empty(), place.parity ^ 1);
+        if (thread == 0)
+            *at() = {address, value, slots};
+        __syncwarp();
+        if (thread % 32 == 0)
+            moe_barrier_arrive(full());
+        place.next(MAILS);
+    }
+
+    __device__ void run()
+    {
+        for (;; place.next(MAILS)) {
+            moe_barrier_wait(full(), place.parity);
+            const mail m = *at();
+            moe_barrier_arrive(empty());
+            if (m.address == NULL)
+                return;
+            if (m.slots == 0)
+                moe_add_release(m.address, m.value);
+            for (int i = m.slots - 1; i >= 0; i--)
+                moe_store_release(m.address + i * MOE_SLOT_PARTS, m.value);
+        }
+    }
+};
+
+// ---- Multiplying: two warpgroups ----
+
+template <typename T> struct multiplier : follower {
+    const int half, thread; // which of the two, and which thread in it
+    mailbox mails;
+    float d[MOST / 2];
+
+    __device__ multiplier(const wgmma_args &a, uint32_t s)
+        : follower(a, s), half((threadIdx.x - LOADERS) / WARPGROUP), thread(threadIdx.x % WARPGROUP), mails{s, half}
+    {
+    }
+
+    __device__ void sync() const
+    {
+        moe_named_sync(1 + half, WARPGROUP);
+    }
+
+    __device__ __forceinline__ void release(uint32_t at) const
+    {
+        if (thread % 32 == 0)
+            moe_barrier_arrive(shared + EMPTY + at * 8);
+    }
+
+    // d = weights . tokens^T over the task's blocks. A stage's products are awaited when the next one's are under way.
+    template <int N> __device__ __forceinline__ void multiply(int blocks)
+    {
+        uint32_t before = 0;
+#pragma unroll
+        for (int i = 0; i < N / 2; i++)
+            d[i] = 0.0f;
+        for (int block = 0; block < blocks; block++) {
+            const uint64_t a = moe_wgmma_matrix(weights() + half * (TILE_BYTES / MULTIPLIERS));
+            const uint64_t b = moe_wgmma_matrix(tokens());
+            moe_barrier_wait(weights_full(), stage.parity);
+            moe_barrier_wait(tokens_full(), stage.parity);
+            moe_fence_async_shared(); // the loading threads' copies of tokens, which the tensor cores might not see yet
+            moe_wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < COLS / 16; k++)
+                moe_wgmma<T, N>::run(d, a + k * 2, b + k * 2, 1);
+            moe_wgmma_commit();
+            if (block > 0) {
+                moe_wgmma_wait<1>();
+                release(before);
+            }
+            before = stage.at;
+            stage.next(stages);
+        }
+        moe_wgmma_wait<0>();
+        release(before);
+    }
+
+    // With the number of tokens, rounded up, known to the compiler.
+    template <int N> __device__ __forceinline__ void multiply_any(int rows, int blocks)
+    {
+        if constexpr (N > 8) {
+            constexpr int FEWER = N > 16 ? N - 16 : 8;
+            if (rows <= FEWER) {
+                multiply_any<FEWER>(rows, blocks);
+                return;
+            }
+        }
+        multiply<N>(blocks);
+    }
+
+    // ---- Partial sums: each thread's registers, four at a time, as they are ----
+
+    __device__ int32_t *slot_state(int slot) const
+    {
+        return args.decode.slot_state + slot * MOE_SLOT_PARTS + half;
+    }
+
+    __device__ float4 *slot_sums(int slot) const
+    {
+        const int64_t floats = (int64_t)MOE_PACKED_ROWS << args.decode.most_log2;
+        return reinterpret_cast<float4 *>(args.decode.sums + slot * floats + half * (floats / 2)) + thread;
+    }
+
+    // By all of the warpgroup: waits until the slots are in this state. A lane looks at each.
+    __device__ __forceinline__ void await(int first, int slots, int32_t state) const
+    {
+        for (int slot = thread; slot < slots; slot += WARPGROUP)
+            while (moe_load_acquire(slot_state(first + slot)) != state)
+                ;
+        sync();
+    }
+
+    __device__ __forceinline__ void await_sums(const moe_decode_task &task) const
+    {
+        if (task.slots > 0)
+            await(task.first_slot, task.slots, task.gemm2 ? MOE_SLOT_SUM2 : MOE_SLOT_SUM1);
+    }
+
+    __device__ __forceinline__ void leave_sums(const moe_decode_task &task)
+    {
+        if (task.slot_free != MOE_SLOT_FREE)
+            await(task.own_slot, 1, task.slot_free);
+        float4 *to = slot_sums(task.own_slot);
+#pragma unroll
+        for (int q = 0; q < MOST / 8; q++)
+            if (q * 8 < task.rows)
+                to[q * WARPGROUP] = make_float4(d[4 * q], d[4 * q + 1], d[4 * q + 2], d[4 * q + 3]);
+        mails.send(thread, slot_state(task.own_slot), task.gemm2 ? MOE_SLOT_SUM2 : MOE_SLOT_SUM1, 1);
+    }
+
+    __device__ __forceinline__ void add_sums(const moe_decode_task &task)
+    {
+        for (int slot = task.first_slot; slot < task.first_slot + task.slots; slot++) {
+            const float4 *from = slot_sums(slot);
+#pragma unroll
+            for (int q = 0; q < MOST / 8; q++)
+                if (q * 8 < task.rows) {
+                    const float4 v = __ldcg(from + q * WARPGROUP);
+                    d[4 * q] += v.x;
+                    d[4 * q + 1] += v.y;
+                    d[4 * q + 2] += v.z;
+                    d[4 * q + 3] += v.w;
+                }
+        }
+        if (task.slots > 0 && !task.gemm2)
+            mails.send(thread, slot_state(task.first_slot), MOE_SLOT_READ1, task.slots);
+    }
+
+    // ---- Results: turned to rows of tokens in shared memory, stored in chunks of 16 bytes ----
+
+    // A warpgroup's piece has a row of 128 bytes for each token, chunk c of row r at place c ^ (r % 8); `chunks` of
+    // them are in use, the first of which belongs to column `column` of `columns`.
+    template <int CHUNKS>
+    __device__ __forceinline__ void store(const moe_decode_task &task, void *to, int columns, int64_t column)
+    {
+        const uint32_t from = ring - (MULTIPLIERS - half) * piece;
+        sync();
+        for (int i = thread; i < task.rows * CHUNKS; i += WARPGROUP) {
+            const int chunk = i % CHUNKS, r = i / CHUNKS;
+            const int64_t c = column + chunk * 8;
+            const void *at = __cvta_shared_to_generic(from + r * ROW_BYTES + ((chunk ^ (r & 7)) << 4));
+            if (c < columns)
+                *reinterpret_cast<uint4 *>((T *)to + (int64_t)(task.row + r) * columns + c) =
+                    *reinterpret_cast<const uint4 *>(at);
+        }
+    }
+
+    // Of each pair of eights of rows one is gate, one up.
+    __device__ __forceinline__ void finish_gated(const moe_decode_task &task)
+    {
+        const uint32_t to = ring - (MULTIPLIERS - half) * piece;
+        const int lane = thread % 32, warp = thread / 32;
+        sync(); // the last tile has left the piece
+#pragma unroll
+        for (int q = 0; q < MOST / 8; q++)
+            if (q * 8 < task.rows) {
+                const float *e = d + q * 4;
+                const int row = q * 8 + lane % 8;
+                moe_stmatrix_trans(to + row * ROW_BYTES + ((warp ^ (row & 7)) << 4),
+                                   moe_pair(moe_silu_fast(e[0]) * e[2], moe_silu_fast(e[1]) * e[3], T()));
+            }
+        store<4>(task, args.decode.act, args.decode.intermediate,
+                 (int64_t)task.band * (MOE_PACKED_ROWS / 2) + half * 32);
+        mails.send(thread, args.decode.finished + task.tile, 1, 0);
+    }
+
+    __device__ __forceinline__ void finish_down(const moe_decode_task &task)
+    {
+        const uint32_t to = ring - (MULTIPLIERS - half) * piece;
+        const int lane = thread % 32, warp = thread / 32;
+        sync(); // the last tile has left the piece
+#pragma unroll
+        for (int q = 0; q < MOST / 8; q++)
+            if (q * 8 < task.rows) {
+                const float *e = d + q * 4;
+                const int row = q * 8 + lane % 8;
+                moe_stmatrix_trans(to + row * ROW_BYTES + (((warp * 2 + lane / 8 % 2) ^ (row & 7)) << 4),
+                                   moe_pair(e[0], e[1], T()), moe_pair(e[2], e[3], T()));
+            }
+        store<8>(task, args.decode.down, args.decode.hidden, (int64_t)task.band * MOE_PACKED_ROWS + half * 64);
+    }
+
+    __device__ void run()
+    {
+        moe_decode_task task;
+        while (next(task)) {
+            // What others have summed up of GEMM 1 is there by now, mostly; of GEMM 2 perhaps only later.
+            if (!task.gemm2)
+                await_sums(task);
+            multiply_any<MOST>(task.rows, task.end - task.begin);
+            if (task.gemm2)
+                await_sums(task);
+            add_sums(task);
+            if (task.own_slot >= 0)
+                leave_sums(task);
+            else if (task.gemm2)
+                finish_down(task);
+            else
+                finish_gated(task);
+        }
+        mails.send(thread, NULL, 0, 0);
+    }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constant__ wgmma_args args)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ __align__(1024) char decode_memory[];
+    const uint32_t shared = moe_shared(decode_memory);
+    const int warp = threadIdx.x / 32;
+    const bool first_lane = threadIdx.x % 32 == 0;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < MAX_STAGES; i++) {
+            moe_barrier_init(shared + WEIGHTS_FULL + i * 8, 1);
+            moe_barrier_init(shared + TOKENS_FULL + i * 8, LOADERS);
+            moe_barrier_init(shared + EMPTY + i * 8, MULTIPLIERS * WARPGROUP / 32);
+        }
+        for (int i = 0; i < NOTES; i++) {
+            moe_barrier_init(shared + NOTE_FULL + i * 8, 1);
+            moe_barrier_init(shared + NOTE_EMPTY + i * 8, WEIGHT_LOADER + 1);
+        }
+        for (int i = 0; i < MULTIPLIERS * MAILS; i++) {
+            moe_barrier_init(shared + MAIL_FULL + i * 8, WARPGROUP / 32);
+            moe_barrier_init(shared + MAIL_EMPTY + i * 8, 1);
+        }
+        *reinterpret_cast<int32_t *>(decode_memory + ENDING) = 0;
+        moe_barrier_init_done();
+    }
+    if (args.guess > 0 && warp == WEIGHT_LOADER && first_lane)
+        moe_fetch_guess(args.decode.w13, args.decode.hidden, args.decode.intermediate, args.decode.groups, blockIdx.x,
+                        args.guess);
+    if (warp == WALKER && first_lane) { // so that addresses are translated by the time when they are read
+        moe_prefetch_l2(args.decode.offsets, 16);
+        moe_prefetch_l2(args.decode.x, 16);
+    }
+    __syncthreads();
+    moe_grid_wait();
+    moe_grid_launch_dependents(); // the plan is complete when the next kernel starts
+
+    if (warp < FIRST_MULTIPLIER)
+        token_loader(args, shared).run();
+    else if (warp < WEIGHT_LOADER)
+        multiplier<T>(args, shared).run();
+    else if (warp == WALKER)
+        walker(args, shared).run();
+    else if (!first_lane)
+        return;
+    else if (warp == WEIGHT_LOADER)
+        weight_loader(args, shared).run();
+    else
+        mailbox{shared, warp - FIRST_HERALD}.run();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#error "built for 9.0 without its own instructions this kernel would do nothing: build for 90a"
+#endif
+}
+
+template <typename T> moe_status launch(const struct moe_call *call, wgmma_args &args)
+{
+    const int shared = call->exec->shared_bytes - SPARE_BYTES;
+    args.ring_bytes = shared - ring_begin(args.decode.groups);
+    cudaFuncSetAttribute(decode_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    moe_launch(decode_kernel<T>, args.decode.workers, THREADS, shared, call->stream,
+               call->exec->compute_capability == 90, args);
+    return moe_launched(call->error, "ffn decode");
+}
+
+} // namespace
+
+moe_status moe_ffn_decode_wgmma(const struct moe_call *call, const moe_decode_args &decode)
+{
+    wgmma_args args = {};
+    args.decode = decode;
+    args.packed = call->w13.layout == MOE_LAYOUT_PACKED;
+    args.guess = args.packed ? moe_guessed_tiles(call->tokens * call->slots, decode.groups) : 0;
+    if (!args.packed) {
+        moe_status status = moe_map_w13(call, &args.w13_rows);
+        if (status == MOE_OK)
+            status = moe_map_w2(call, &args.w2_rows);
+        if (status != MOE_OK)
+            return status;
+    }
+    return call->dtype == MOE_F16 ? launch<__half>(call, args) : launch<__nv_bfloat16>(call, args);
+}

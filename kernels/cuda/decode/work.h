@@ -1,0 +1,121 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * How the decode path cuts a GEMM into work. In plain C, so that it can be tested without a GPU.
+ *
+ * The GEMM is a row of `bands`: a band is MOE_PACKED_ROWS weight rows of an expert times one tile of its tokens, over
+ * all of K, which is `blocks` blocks of 64 columns. Bands are taken one by one as long as there are plenty. Those of
+ * the last round that is full, and what is left after it, are cut, without regard to where one ends, into as many
+ * pieces of equal size as there are workers, so that all end at the same time; unless they would end at nearly the same
+ * time anyway. A piece is up to three kinds of tasks, in this order:
+ *
+ *   tail   the beginning of its last band, which the next piece goes on with: leaves a partial sum in the piece's slot
+ *   whole  bands
+ *   head   the rest of the band that pieces before it began: adds their partial sums to its own
+ *
+ * A piece that lies inside one band is a tail alone; the band's last piece adds up all their slots, in the order of K.
+ * What a head waits for was begun by an item with a lower number and is the first thing that this does: so workers that
+ * take items in order never wait for one that has not begun, however few of them run.
+ */
+#ifndef MOE_KERNELS_CUDA_DECODE_WORK_H
+#define MOE_KERNELS_CUDA_DECODE_WORK_H
+
+#include <stdbool.h>
+
+#include "kernels/packed.h"
+
+enum {
+    MOE_WORK_LEAST_BLOCKS = 2, /* a piece of fewer is not worth its own partial sum */
+    MOE_WORK_EXCHANGE = 3,     /* blocks that are read while partial sums pass from one worker to another */
+};
+
+/* Items 0 to whole - 1 are bands; the others are pieces. */
+struct moe_work {
+    int32_t bands;
+    int32_t blocks; /* of a band, at least 1 */
+    int32_t whole;
+    int32_t pieces;
+    int32_t size, longer; /* of a piece, in blocks; the first `longer` pieces have one more */
+};
+
+struct moe_task {
+    int32_t band;
+    int32_t begin, end; /* blocks */
+    int32_t first_slot; /* of the partial sums that it adds */
+    int32_t slots;      /* how many; they follow each other */
+    int32_t own_slot;   /* where it leaves a partial sum; -1: it ends its band */
+};
+
+/* 2 * workers * blocks must be below 2^31. */
+static MOE_HOST_DEVICE inline struct moe_work moe_work_make(int32_t bands, int32_t blocks, int32_t workers)
+{
+    struct moe_work work = {bands, blocks, bands, 0, 0, 0};
+    const int32_t full = bands / workers, over = bands - full * workers; /* bands of a last round that is not full */
+    if (over == 0 || (workers - over) * blocks <= MOE_WORK_EXCHANGE * workers)
+        return work;
+    work.whole = full > 1 ? (full - 1) * workers : 0;
+    const int32_t cut = (bands - work.whole) * blocks, most = cut / MOE_WORK_LEAST_BLOCKS;
+    work.pieces = most < workers ? most : workers;
+    work.size = cut / work.pieces;
+    work.longer = cut - work.size * work.pieces;
+    return work;
+}
+
+static MOE_HOST_DEVICE inline int32_t moe_work_items(const struct moe_work *work)
+{
+    return work->whole + work->pieces;
+}
+
+/* Where piece p (up to `pieces`, the end) begins, in blocks from the first band that is cut. */
+static MOE_HOST_DEVICE inline int32_t moe_work_begin(const struct moe_work *work, int32_t piece)
+{
+    return piece * work->size + (piece < work->longer ? piece : work->longer);
+}
+
+/* The tasks of an item, one after another: `at` counts them from 0. False: there are no more. */
+static MOE_HOST_DEVICE inline bool moe_work_task(const struct moe_work *work, int32_t item, int32_t at,
+                                                 struct moe_task *task)
+{
+    const int32_t blocks = work->blocks;
+    task->slots = task->first_slot = 0;
+    task->own_slot = -1;
+    task->begin = 0;
+    task->end = blocks;
+    task->band = item;
+    if (item < work->whole)
+        return at == 0;
+
+    const int32_t piece = item - work->whole;
+    const int32_t begin = moe_work_begin(work, piece), end = moe_work_begin(work, piece + 1);
+    const int32_t first = begin / blocks, skipped = begin - first * blocks; /* where it begins */
+    const int32_t last = end / blocks, tail = end - last * blocks;          /* and ends */
+    const bool head = skipped != 0 && first < last;
+    if (tail != 0 && at-- == 0) {
+        task->band = work->whole + last;
+        task->begin = first == last ? skipped : 0;
+        task->end = tail;
+        task->own_slot = piece;
+        return true;
+    }
+    const int32_t first_whole = first + (skipped != 0), wholes = last > first_whole ? last - first_whole : 0;
+    if (at < wholes) {
+        task->band = work->whole + first_whole + at;
+        return true;
+    }
+    if (!head || at > wholes)
+        return false;
+    task->band = work->whole + first;
+    task->begin = skipped;
+    task->first_slot = piece - 1;
+    while (moe_work_begin(work, task->first_slot) > first * blocks)
+        task->first_slot--;
+    task->slots = piece - task->first_slot;
+    return true;
+}
+
+/* Whether the piece (-1: none) leaves a partial sum. */
+static MOE_HOST_DEVICE inline bool moe_work_leaves(const struct moe_work *work, int32_t piece)
+{
+    return piece >= 0 && piece < work->pieces && moe_work_begin(work, piece + 1) % work->blocks != 0;
+}
+
+#endif

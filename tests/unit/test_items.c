@@ -1,0 +1,189 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The prefill path's items by number: each tile of tokens meets each band of both GEMMs exactly once, in an order in
+ * which nothing waits for what comes later, and its tiles cut up the plan's rows without a gap. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#include <cmocka.h>
+
+#include "kernels/cuda/prefill/items.h"
+
+/* The table as the kernel makes it. Of entries that stand for several groups the last one may stand for fewer. */
+static void fill_table(struct moe_items *items, const int32_t *offsets, int32_t table[MOE_ITEM_TABLE + 1])
+{
+    items->offsets = offsets;
+    items->first_tile = table;
+    table[0] = 0;
+    for (int32_t entry = 0; entry < items->entries; entry++)
+        table[entry + 1] = table[entry] + moe_items_entry_tiles(items, entry);
+}
+
+/* What is known of a tile from the first item that had it. */
+struct tile {
+    int32_t row, rows, group;
+    int32_t bands[2]; /* seen so far */
+};
+
+/* The order: GEMMs, groups, parts of a group's tiles, bands, tiles. */
+static bool follows(const struct moe_item *a, const struct moe_item *b, int32_t first_tile)
+{
+    if (a->gemm2 != b->gemm2 || a->group != b->group)
+        return a->gemm2 != b->gemm2 ? b->gemm2 : a->group < b->group;
+    const int32_t part_a = (a->tile - first_tile) / MOE_ITEM_PART, part_b = (b->tile - first_tile) / MOE_ITEM_PART;
+    if (part_a != part_b || a->band != b->band)
+        return part_a != part_b ? part_a < part_b : a->band < b->band;
+    return a->tile < b->tile;
+}
+
+static void check_rows(const int32_t *offsets, int32_t groups, int32_t nmax, const struct tile *tiles, int32_t count)
+{
+    int32_t tile = 0;
+    for (int32_t g = 0; g < groups; g++) {
+        int32_t row = offsets[g], most = 0, least = INT32_MAX;
+        const int32_t first = tile;
+        for (; tile < count && tiles[tile].group == g; tile++) {
+            assert_int_equal(tiles[tile].row, row);
+            assert_int_equal((row - offsets[g]) % MOE_ROW_STEP, 0);
+            assert_in_range(tiles[tile].rows, 1, nmax);
+            const int32_t steps = (tiles[tile].rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP;
+            most = steps > most ? steps : most;
+            least = steps < least ? steps : least;
+            row += tiles[tile].rows;
+        }
+        assert_int_equal(row, offsets[g + 1]);
+        assert_int_equal(tile - first, (row - offsets[g] + nmax - 1) / nmax);
+        assert_true(tile == first || most - least <= 1);
+    }
+    assert_int_equal(tile, count);
+}
+
+static void check_items(const int32_t *offsets, int32_t groups, int32_t nmax, int32_t bands1, int32_t bands2)
+{
+    int32_t table[MOE_ITEM_TABLE + 1];
+    struct moe_items items = moe_items_make(groups, nmax, bands1, bands2);
+    assert_in_range(items.entries, 1, MOE_ITEM_TABLE);
+    fill_table(&items, offsets, table);
+    const int32_t count = moe_items_count(&items), tiles = table[items.entries];
+    const size_t bands = (size_t)(bands1 + bands2);
+    assert_int_equal(count, tiles * (int32_t)bands);
+    assert_true(tiles <= moe_items_max_tiles(offsets[groups], groups, nmax));
+
+    struct tile *known = calloc((size_t)tiles + 1, sizeof *known);
+    bool *seen = calloc((size_t)count + 1, sizeof *seen);
+    assert_true(known != NULL && seen != NULL);
+    struct moe_item last = {.group = -1};
+    int32_t first_tile = 0; /* of the group */
+    for (int32_t number = 0; number < count; number++) {
+        const struct moe_item item = moe_items_at(&items, number);
+        assert_in_range(item.tile, 0, tiles - 1);
+        assert_in_range(item.group, 0, groups - 1);
+        assert_in_range(item.band, 0, (item.gemm2 ? bands2 : bands1) - 1);
+        struct tile *tile = &known[item.tile];
+        bool *once = &seen[(size_t)item.tile * bands + (size_t)(item.gemm2 ? bands1 : 0) + (size_t)item.band];
+        assert_false(*once);
+        *once = true;
+
+        /* What GEMM 2 reads has been taken by then. */
+        if (item.gemm2)
+            assert_int_equal(tile->bands[0], bands1);
+        if (tile->bands[0] == 0) {
+            tile->row = item.row;
+            tile->rows = item.rows;
+            tile->group = item.group;
+        }
+        tile->bands[item.gemm2]++;
+        assert_int_equal(item.row, tile->row);
+        assert_int_equal(item.rows, tile->rows);
+        assert_int_equal(item.group, tile->group);
+
+        if (item.group != last.group)
+            first_tile = item.tile;
+        if (number > 0)
+            assert_true(follows(&last, &item, first_tile));
+        last = item;
+    }
+    for (int32_t i = 0; i < count; i++)
+        assert_true(seen[i]);
+    check_rows(offsets, groups, nmax, known, tiles);
+    free(seen);
+    free(known);
+}
+
+static uint32_t next_random(uint32_t *state)
+{
+    *state = *state * 1664525 + 1013904223;
+    return *state >> 8;
+}
+
+/* Counts of all kinds, a third of them none. */
+static void every_band_once(void **state)
+{
+    (void)state;
+    static const int32_t group_counts[] = {1, 2, 3, 8, 60, 128, 511, 512, 513, 1000, 1024, 1025, 4095, 4096};
+    static const int32_t bands[][2] = {{1, 1}, {2, 3}, {6, 8}, {7, 1}};
+    static const int32_t most_rows[] = {0, 1, 20, 400, 5000};
+    int32_t *offsets = malloc((4096 + 1) * sizeof *offsets);
+    uint32_t random = 1;
+    assert_non_null(offsets);
+    for (size_t i = 0; i < sizeof group_counts / sizeof *group_counts; i++)
+        for (size_t k = 0; k < sizeof bands / sizeof *bands; k++)
+            for (size_t m = 0; m < sizeof most_rows / sizeof *most_rows; m++) {
+                const int32_t groups = group_counts[i], most = groups > 128 ? most_rows[m] / 8 : most_rows[m];
+                offsets[0] = 0;
+                for (int32_t g = 0; g < groups; g++) {
+                    const bool empty = next_random(&random) % 3 == 0;
+                    offsets[g + 1] = offsets[g] + (empty ? 0 : (int32_t)(next_random(&random) % (most + 1)));
+                }
+                check_items(offsets, groups, next_random(&random) % 2 ? 128 : 192, bands[k][0], bands[k][1]);
+            }
+    free(offsets);
+}
+
+/* All rows in one group, the first, the last or one between. */
+static void one_group_has_all(void **state)
+{
+    (void)state;
+    static const int32_t rows[] = {1, 15, 16, 17, 128, 129, 192, 193, 3072, 3073, 10000};
+    static const int32_t group_counts[] = {1, 2, 63, 512, 1003};
+    int32_t offsets[1003 + 1];
+    for (size_t n = 0; n < sizeof group_counts / sizeof *group_counts; n++)
+        for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+            for (int32_t third = 0; third < 3; third++) {
+                const int32_t groups = group_counts[n], owner = (groups - 1) * third / 2;
+                for (int32_t g = 0; g <= groups; g++)
+                    offsets[g] = g > owner ? rows[i] : 0;
+                check_items(offsets, groups, 192, 3, 2);
+                check_items(offsets, groups, 128, 1, 4);
+            }
+}
+
+/* As many rows as there can be. */
+static void sums_fit(void **state)
+{
+    (void)state;
+    const int32_t offsets[] = {0, 0, INT32_MAX};
+    int32_t table[MOE_ITEM_TABLE + 1];
+    struct moe_items items = moe_items_make(2, 192, 64, 64);
+    fill_table(&items, offsets, table);
+    const int32_t tiles = table[2], count = moe_items_count(&items);
+    assert_int_equal(tiles, INT32_MAX / 192 + 1);
+    assert_int_equal(count, tiles * 128);
+    for (int gemm2 = 0; gemm2 < 2; gemm2++) {
+        const struct moe_item first = moe_items_at(&items, gemm2 * (count / 2));
+        const struct moe_item last = moe_items_at(&items, (gemm2 + 1) * (count / 2) - 1);
+        assert_true(first.tile == 0 && first.row == 0 && first.band == 0 && first.gemm2 == gemm2);
+        assert_true(last.tile == tiles - 1 && last.band == 63 && last.gemm2 == gemm2 && last.group == 1);
+        assert_int_equal(last.row, INT32_MAX - last.rows);
+        assert_in_range(last.rows, 1, 192);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(every_band_once), cmocka_unit_test(one_group_has_all),
+                                       cmocka_unit_test(sums_fit)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
