@@ -87,9 +87,10 @@ moe_status moe_path_available(const moe_context *ctx, moe_path path, const moe_l
     return status == MOE_ERROR_INVALID_ARGUMENT ? moe_context_report((moe_context *)ctx, status, &why) : status;
 }
 
-/* Up to how many tokens `auto` takes decode. On compute capability 9.0 prefill reads as fast as decode once its items, of
- * 256 weight rows each, are enough for all SMs to end together; GEMM 2's, the longest, are the fewest. Elsewhere decode
- * multiplies small tiles where prefill pads them. Measured on an H200, the second part not at all: `moe tune` knows. */
+/* Up to how many tokens `auto` takes decode. On compute capability 9.0 prefill reads as fast as decode once its items,
+ * of 256 weight rows each, are enough for all SMs to end together; GEMM 2's, the longest, are the fewest. Elsewhere
+ * decode multiplies small tiles where prefill pads them. Measured on an H200, the second part not at all: `moe tune`
+ * knows. */
 static int64_t decode_most(const moe_layer *layer)
 {
     enum { ITEM_ROWS = 256, ITEMS_PER_SM = 2, ROWS = 48 /* of an expert on average */ };

@@ -306,7 +306,8 @@ typedef struct moe_load_options {
     size_t size;
     moe_progress_fn progress; /* NULL: none */
     void *progress_user;
-    moe_layout layout; /* of the layer; MOE_ERROR_UNSUPPORTED where it is PACKED and `decode` and `prefill` cannot run */
+    moe_layout layout; /* of the layer; MOE_ERROR_UNSUPPORTED where it is PACKED and neither `decode` nor `prefill` can
+                          run */
 } moe_load_options;
 
 static inline moe_load_options moe_load_options_init(void)

@@ -8,14 +8,15 @@
 #include "kernels/packed.h"
 
 // Tiles (MOE_PACKED_TILE_BYTES) that a block asks for: on all SMs together what memory brings into L2 in that time.
-// With fewer pairs of token and slot than there are groups it is half of that, with few none.
+// With fewer pairs of token and slot than twice the groups it is half of that, with fewer than half the groups none.
 static inline int32_t moe_guessed_tiles(int64_t pairs, int32_t groups)
 {
     constexpr int TILES = 12;
     return pairs >= 2 * (int64_t)groups ? TILES : pairs >= groups / 2 ? TILES / 2 : 0;
 }
 
-// By one thread of a block: `tiles` tiles from the front of a band of packed w13. Bands are numbered through all groups.
+// By one thread of a block: `tiles` tiles from the front of a band of packed w13. Bands are numbered through all
+// groups.
 static __device__ inline void moe_fetch_guess(const char *w13, int hidden, int intermediate, int groups, int band,
                                               int tiles)
 {
