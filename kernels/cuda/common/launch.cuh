@@ -18,6 +18,11 @@ constexpr bool moe_built_for_90()
     return false;
 }
 
+static inline bool moe_has_wgmma(int32_t compute_capability)
+{
+    return compute_capability == 90 && moe_built_for_90();
+}
+
 // kernel<<<grid, block, shared, stream>>>(args...) in clusters of `cluster` blocks, of which grid.x is a multiple: 1,
 // or on a device of compute capability 9.0 up to 8. `dependent` (the device is one): the kernel may start before the
 // one ahead of it in the stream has finished, and must call moe_grid_wait() (ptx.cuh). moe_launched() tells how it

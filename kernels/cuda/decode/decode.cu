@@ -12,11 +12,6 @@ namespace
 const char *const names[] = {"wgmma", "mma"};
 enum { WGMMA = 1, MMA };
 
-bool has_wgmma(const struct moe_exec *exec)
-{
-    return exec->compute_capability == 90 && moe_built_for_90();
-}
-
 size_t aligned(uint64_t bytes)
 {
     return (bytes + 255) / 256 * 256;
@@ -70,14 +65,14 @@ const char *moe_decode_config_name(int32_t config)
 
 int32_t moe_decode_config(const struct moe_call *call)
 {
-    return has_wgmma(call->exec) ? WGMMA : MMA;
+    return moe_has_wgmma(call->exec->compute_capability) ? WGMMA : MMA;
 }
 
 moe_status moe_decode_config_check(const struct moe_exec *exec, int32_t config, struct moe_error *why)
 {
     if (config == MMA)
         return moe_decode_mma_check(exec, why);
-    if (has_wgmma(exec))
+    if (moe_has_wgmma(exec->compute_capability))
         return MOE_OK;
     return moe_fail(why, MOE_ERROR_UNSUPPORTED,
                     "decode configuration '%s' needs a GPU of compute capability 9.0, and a build for it",
@@ -115,7 +110,8 @@ moe_status moe_ffn_decode(const struct moe_call *call)
     const int64_t bands =
         moe_ceil_div(2 * call->intermediate, MOE_PACKED_ROWS) + moe_ceil_div(call->hidden, MOE_PACKED_ROWS);
     const int64_t longest = call->hidden > call->intermediate ? call->hidden : call->intermediate;
-    if (call->tokens * call->slots * (longest / 8) > UINT32_MAX ||
+    if (call->tokens * call->slots > INT32_MAX - MOE_DECODE_TOKENS ||
+        call->tokens * call->slots * (longest / 8) > UINT32_MAX ||
         tiles * bands + 4 * (int64_t)args.workers > INT32_MAX)
         return moe_fail(call->error, MOE_ERROR_UNSUPPORTED,
                         "path 'decode': %lld tokens in a layer of %lld x %lld are too many: split the batch",

@@ -591,7 +591,9 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 1) mma_kernel(c
     int32_t taken = 0;
     if (walks) {
         taken = moe_decode_walk::take(args.decode);
-        largest_tile() = moe_decode_groups(args.decode, groups());
+        const int32_t largest = moe_decode_groups(args.decode, groups());
+        if (threadIdx.x % 32 == 0)
+            largest_tile() = largest;
     }
     __syncthreads();
     const int begin = ring_begin(args.decode.groups);

@@ -151,10 +151,10 @@ struct follower {
         return reinterpret_cast<const moe_decode_task *>(__cvta_shared_to_generic(shared + NOTE)) + note.at;
     }
 
-    // How many of the tasks, in order, have their last weights asked for, or nearly.
-    __device__ volatile int32_t *ending() const
+    // How many of the tasks, in order, have their last weights asked for, or nearly. Only counted by atomics.
+    __device__ int32_t *ending() const
     {
-        return reinterpret_cast<volatile int32_t *>(__cvta_shared_to_generic(shared + ENDING));
+        return reinterpret_cast<int32_t *>(__cvta_shared_to_generic(shared + ENDING));
     }
 
     // By whole warps. False: there is nothing left.
@@ -189,8 +189,9 @@ struct walker : follower {
         moe_decode_task task;
         for (int32_t tasks = 0;; tasks++) {
             walk.next(task, [&] {
-                while (*ending() < tasks)
+                while (first && atomicAdd(ending(), 0) < tasks)
                     ;
+                __syncwarp();
             });
             if (first) {
                 moe_barrier_wait(shared + NOTE_EMPTY + note.at * 8, note.parity ^ 1);
@@ -212,7 +213,6 @@ struct weight_loader : follower {
     ring_place oldest;      // of the stages whose weights are under way
     uint32_t under_way = 0; // how many these are
     uint32_t early = 0;     // stages filled for GEMM 2, up to the whole ring
-    int32_t tasks = 0;
     const uint64_t policy = moe_policy_once();
 
     __device__ __forceinline__ void load(const moe_decode_task &task)
@@ -228,7 +228,7 @@ struct weight_loader : follower {
                            task.band * (moe_packed_blocks(cols) * TILE_BYTES) + (int64_t)task.begin * bytes;
         for (int block = task.begin; block < task.end; block++) {
             if (block == max(task.begin, task.end - LEAD))
-                *ending() = ++tasks;
+                atomicAdd(ending(), 1);
             const bool is_early = task.gemm2 && early < stages;
             early += is_early;
             for (under_way++; under_way > (is_early ? UNDER_WAY_EARLY : UNDER_WAY); under_way--) {
@@ -437,8 +437,8 @@ template <typename T> struct multiplier : follower {
 
     __device__ float4 *slot_sums(int slot) const
     {
-        const int64_t floats = (int64_t)MOE_PACKED_ROWS << args.decode.most_log2;
-        return reinterpret_cast<float4 *>(args.decode.sums + slot * floats + half * (floats / 2)) + thread;
+        const int64_t part = (int64_t)(slot * MOE_SLOT_PARTS + half) * (MOE_PACKED_ROWS / MOE_SLOT_PARTS);
+        return reinterpret_cast<float4 *>(args.decode.sums + (part << args.decode.most_log2)) + thread;
     }
 
     // By all of the warpgroup: waits until the slots are in this state. A lane looks at each.

@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(MAX_THREADS)
         const int64_t t = i / strips, h = i % strips * STRIP + lane * VEC;
         float sum[PARTS][VEC] = {};
         for (int s0 = 0; s0 < slots; s0 += SLOTS) {
-            const int own = lane < SLOTS && s0 + lane < slots ? slot_row[t * slots + s0 + lane] : -1;
-            const float own_weight = own >= 0 ? row_weight[own] : 0.0f;
+            const int own = lane < SLOTS && s0 + lane < slots ? __ldcg(slot_row + t * slots + s0 + lane) : -1;
+            const float own_weight = own >= 0 ? __ldcg(row_weight + own) : 0.0f;
             const unsigned used = __ballot_sync(ALL_LANES, own >= 0);
             if (!waited) {
                 moe_grid_wait();

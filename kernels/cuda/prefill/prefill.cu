@@ -13,11 +13,6 @@ static int32_t wgmma_tiles()
     return tiles;
 }
 
-static bool has_wgmma(const struct moe_exec *exec)
-{
-    return exec->compute_capability == 90 && moe_built_for_90();
-}
-
 const char *moe_prefill_config_name(int32_t config)
 {
     const int32_t tiles = wgmma_tiles();
@@ -28,7 +23,7 @@ const char *moe_prefill_config_name(int32_t config)
 
 int32_t moe_prefill_config(const struct moe_call *call)
 {
-    return has_wgmma(call->exec) ? moe_wgmma_tile(call) : wgmma_tiles() + 1;
+    return moe_has_wgmma(call->exec->compute_capability) ? moe_wgmma_tile(call) : wgmma_tiles() + 1;
 }
 
 moe_status moe_prefill_config_check(const struct moe_exec *exec, int32_t config, struct moe_error *why)
@@ -36,7 +31,7 @@ moe_status moe_prefill_config_check(const struct moe_exec *exec, int32_t config,
     const int32_t tiles = wgmma_tiles();
     if (config > tiles)
         return moe_mma_tile_check(exec, config - tiles - 1, why);
-    if (has_wgmma(exec))
+    if (moe_has_wgmma(exec->compute_capability))
         return MOE_OK;
     return moe_fail(why, MOE_ERROR_UNSUPPORTED,
                     "prefill configuration '%s' needs a GPU of compute capability 9.0, and a build for it",

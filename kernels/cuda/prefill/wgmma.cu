@@ -2,7 +2,6 @@
 // The grouped GEMM of compute capability 9.0 on the host: its tiles, its scratch memory, its tensor maps, the launches.
 #include "kernels/cuda/prefill/wgmma.cuh"
 
-
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/weight_map.h"
 #include "kernels/cuda/prefill/tensor_map.h"

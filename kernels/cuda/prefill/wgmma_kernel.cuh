@@ -578,8 +578,8 @@ __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_consta
     }
     // Items begin with the first bands of the first group in use, two tiles side by side.
     if (threadIdx.x % 32 == 0 && threadIdx.x / 32 < 2 && args.guess > 0)
-        moe_fetch_guess(args.w13, args.hidden, args.intermediate, args.items.groups,
-                        blockIdx.x * 2 + threadIdx.x / 32, args.guess);
+        moe_fetch_guess(args.w13, args.hidden, args.intermediate, args.items.groups, blockIdx.x * 2 + threadIdx.x / 32,
+                        args.guess);
     __syncthreads();
     moe_grid_launch_dependents();
     moe_grid_wait();
