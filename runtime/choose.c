@@ -87,18 +87,15 @@ moe_status moe_path_available(const moe_context *ctx, moe_path path, const moe_l
     return status == MOE_ERROR_INVALID_ARGUMENT ? moe_context_report((moe_context *)ctx, status, &why) : status;
 }
 
-/* Up to how many tokens `auto` takes decode. On compute capability 9.0 prefill reads as fast as decode once its items,
- * of 256 weight rows each, are enough for all SMs to end together; GEMM 2's, the longest, are the fewest. Elsewhere
- * decode multiplies small tiles where prefill pads them. Measured on an H200, the second part not at all: `moe tune`
- * knows. */
+/* Up to how many tokens `auto` takes decode, as rows of an expert on average. With uniform routing prefill is as fast on
+ * compute capability 9.0 from about one row on (2 % faster at most, on an H200), but where few experts get all the tokens
+ * it has too few items for all SMs, and decode takes up to 30 % less time. Elsewhere, not measured, decode multiplies
+ * small tiles where prefill pads them. `moe tune` knows better than both. */
 static int64_t decode_most(const moe_layer *layer)
 {
-    enum { ITEM_ROWS = 256, ITEMS_PER_SM = 2, ROWS = 48 /* of an expert on average */ };
-    const moe_layer_desc *desc = &layer->desc;
-    const struct moe_exec *exec = &layer->ctx->exec;
-    if (exec->compute_capability == 90)
-        return ITEMS_PER_SM * (int64_t)exec->sms / (desc->top_k * ((desc->hidden_size + ITEM_ROWS - 1) / ITEM_ROWS));
-    return (int64_t)ROWS * desc->num_experts / desc->top_k;
+    enum { ROWS_WGMMA = 12, ROWS_MMA = 48 };
+    const int64_t rows = layer->ctx->exec.compute_capability == 90 ? ROWS_WGMMA : ROWS_MMA;
+    return rows * layer->desc.num_experts / layer->desc.top_k;
 }
 
 /* What `auto` takes where no measurement says better, for which counts from *least on. */
