@@ -286,8 +286,8 @@ static const char *formula_name(const moe_layer *layer, moe_path path, int64_t t
     return moe_path_config_name(path, formula(layer, path, tokens, 0));
 }
 
-/* Without a table: decode for few tokens, then prefill; of the path the configuration that its formula says, which is left
- * to the path when the batch runs. */
+/* Without a table: decode for few tokens, then prefill; of the path the configuration that its formula says, which is
+ * left to the path when the batch runs. */
 static void chooses_by_formula(void **state)
 {
     (void)state;
