@@ -181,11 +181,11 @@ static __device__ inline void moe_stmatrix_trans(uint32_t to, uint32_t r0, uint3
 }
 
 // What a matrix in shared memory is to wgmma: rows of 128 bytes, eight of them after another 1024 bytes, 16-byte chunks
-// placed by chunk ^ (row % 8). `address` is a multiple of 1024, plus 32 bytes for each 16 elements further along the
-// row.
-static __device__ inline uint64_t moe_wgmma_matrix(uint32_t address)
+// placed by chunk ^ (row % 8). Of the 64 bits that say so the lower half, in which `address` is: a multiple of 1024. 2
+// more are 16 elements further along the row, 64 more eight rows further down.
+static __device__ __forceinline__ uint32_t moe_wgmma_matrix(uint32_t address)
 {
-    return (uint64_t)1 << 62 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 16 | ((address & 0x3ffff) >> 4);
+    return 1 << 16 | (address & 0x3ffff) >> 4;
 }
 
 // Before the first product after registers of d were touched.
@@ -249,16 +249,18 @@ template <typename T, int N> struct moe_wgmma;
 #define MOE_R10 MOE_R9, MOE_O(9)
 #define MOE_R11 MOE_R10, MOE_O(10)
 #define MOE_R12 MOE_R11, MOE_O(11)
-// The inputs are numbered after the n / 2 registers: a, b, p.
+// The inputs are numbered after the n / 2 registers: a, b, p. The upper half of what describes a matrix is the same for
+// all: this swizzle, and 1024 bytes from eight rows to the next.
 #define MOE_WGMMA(type, name, n, eighths, a_, b_, p_)                                                                  \
     template <> struct moe_wgmma<type, n> {                                                                            \
-        static __device__ __forceinline__ void run(float *d, uint64_t a, uint64_t b, int accumulate)                   \
+        static __device__ __forceinline__ void run(float *d, uint32_t a, uint32_t b, int accumulate)                   \
         {                                                                                                              \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_ ", 0;\n"                                             \
+            asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %" #p_ ", 0;\n"                            \
+                         "mov.b64 a, {%" #a_ ", 0x40000040};\nmov.b64 b, {%" #b_ ", 0x40000040};\n"                    \
                          "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." name "." name " {" MOE_L##eighths           \
-                         "}, %" #a_ ", %" #b_ ", p, 1, 1, 0, 0;\n}"                                                    \
+                         "}, a, b, p, 1, 1, 0, 0;\n}"                                                                  \
                          : MOE_R##eighths                                                                              \
-                         : "l"(a), "l"(b), "r"(accumulate));                                                           \
+                         : "r"(a), "r"(b), "r"(accumulate));                                                           \
         }                                                                                                              \
     };
 #define MOE_WGMMA_BOTH(n, eighths, a, b, p)                                                                            \

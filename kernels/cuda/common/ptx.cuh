@@ -98,25 +98,20 @@ static __device__ inline void moe_barrier_arrive_cp_async(uint32_t barrier)
 // Waits for the end of the phase of this parity (0, 1, 0, ...). A fresh barrier counts as having ended parity 1.
 static __device__ inline void moe_barrier_wait(uint32_t barrier, uint32_t parity)
 {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900 // cannot sleep until the phase ends
-    uint32_t done = 0;
-    while (!done)
+    uint32_t done;
+    do {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+#else // cannot sleep until the phase ends
         asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                      : "=r"(done)
                      : "r"(barrier), "r"(parity)
                      : "memory");
-#else
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@done bra.uni end;\n"
-                 "bra.uni again;\n"
-                 "end:\n"
-                 "}" ::"r"(barrier),
-                 "r"(parity)
-                 : "memory");
 #endif
+    } while (!done);
 }
 
 // ---- Between blocks ----

@@ -155,7 +155,8 @@ struct moe_decode_walk {
             }
             if (item >= items)
                 return;
-            if (task.gemm2 ? moe_work_task(&work2, item - items1, at, &t) : moe_work_task(&work1, item, at, &t))
+            const moe_work work = task.gemm2 ? work2 : work1;
+            if (moe_work_task(&work, task.gemm2 ? item - items1 : item, at, &t))
                 break;
             at = 0;
             wait();

@@ -227,11 +227,13 @@ struct weight_loader : follower {
         const uint32_t bytes = left >= MOE_PACKED_ROWS || !args.packed ? TILE_BYTES : (uint32_t)left * ROW_BYTES;
         const char *from = (task.gemm2 ? d.w2 : d.w13) + task.group * moe_packed_expert_bytes(rows, cols) +
                            task.band * (moe_packed_blocks(cols) * TILE_BYTES) + (int64_t)task.begin * bytes;
+#pragma unroll 1
         for (int block = task.begin; block < task.end; block++) {
             if (block == max(task.begin, task.end - LEAD))
                 atomicAdd(ending(), 1);
             const bool is_early = task.gemm2 && early < stages;
             early += is_early;
+#pragma unroll 1
             for (under_way++; under_way > (is_early ? UNDER_WAY_EARLY : UNDER_WAY); under_way--) {
                 moe_barrier_wait(shared + WEIGHTS_FULL + oldest.at * 8, oldest.parity);
                 oldest.next(stages);
@@ -275,8 +277,10 @@ struct token_loader : follower {
         uint32_t at[EACH]; // where each row begins, in chunks: the host has seen to it that this fits
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
+            if (i >= mine)
+                break;
             const int row = task.row + first + i * STRIDE;
-            at[i] = i < mine ? (task.gemm2 ? row : d.row_token[row]) * row_chunks : 0;
+            at[i] = (task.gemm2 ? row : d.row_token[row]) * row_chunks;
         }
         if (task.gemm2) {
             // Each warp looks for itself, so that all of it sees what the multiplying warpgroups have stored.
@@ -287,6 +291,7 @@ struct token_loader : follower {
         const uint32_t place = first * ROW_BYTES + ((chunk ^ (first & 7)) << 4);
         const char *from = (const char *)(task.gemm2 ? d.act : d.x) + chunk * 16 + (int64_t)task.begin * ROW_BYTES;
         int left = cols - chunk * 8 - task.begin * COLS; // columns from this thread's chunk on
+#pragma unroll 1
         for (int block = task.begin; block < task.end; block++) {
             moe_barrier_wait(empty(), stage.parity ^ 1);
             const uint32_t to = tokens() + place;
@@ -358,6 +363,7 @@ struct mailbox {
                 return;
             if (m.slots == 0)
                 moe_add_release(m.address, m.value);
+#pragma unroll 1
             for (int i = m.slots - 1; i >= 0; i--)
                 moe_store_release(m.address + i * MOE_SLOT_PARTS, m.value);
         }
@@ -372,7 +378,8 @@ template <typename T> struct multiplier : follower {
     float d[MOST / 2];
 
     __device__ multiplier(const wgmma_args &a, uint32_t s)
-        : follower(a, s), half((threadIdx.x - LOADERS) / WARPGROUP), thread(threadIdx.x % WARPGROUP), mails{s, half}
+        : follower(a, s), half(__shfl_sync(0xffffffffu, (threadIdx.x - LOADERS) / WARPGROUP, 0)),
+          thread(threadIdx.x % WARPGROUP), mails{s, half}
     {
     }
 
@@ -394,9 +401,10 @@ template <typename T> struct multiplier : follower {
 #pragma unroll
         for (int i = 0; i < N / 2; i++)
             d[i] = 0.0f;
+#pragma unroll 1
         for (int block = 0; block < blocks; block++) {
-            const uint64_t a = moe_wgmma_matrix(weights() + half * (TILE_BYTES / MULTIPLIERS));
-            const uint64_t b = moe_wgmma_matrix(tokens());
+            const uint32_t a = moe_wgmma_matrix(weights() + half * (TILE_BYTES / MULTIPLIERS));
+            const uint32_t b = moe_wgmma_matrix(tokens());
             moe_barrier_wait(weights_full(), stage.parity);
             moe_barrier_wait(tokens_full(), stage.parity);
             moe_fence_async_shared(); // the loading threads' copies of tokens, which the tensor cores might not see yet
@@ -416,13 +424,13 @@ template <typename T> struct multiplier : follower {
         release(before);
     }
 
-    // With the number of tokens, rounded up, known to the compiler.
-    template <int N> __device__ __forceinline__ void multiply_any(int rows, int blocks)
+    // With the number of tokens, rounded up, known to the compiler. The fewest are tried first: with them there is the
+    // least to read, and what instructions a jump passes over does not have to come from memory.
+    template <int N = 8> __device__ __forceinline__ void multiply_any(int rows, int blocks)
     {
-        if constexpr (N > 8) {
-            constexpr int FEWER = N > 16 ? N - 16 : 8;
-            if (rows <= FEWER) {
-                multiply_any<FEWER>(rows, blocks);
+        if constexpr (N < MOST) {
+            if (rows > N) {
+                multiply_any<(N < 16 ? 16 : N + 16)>(rows, blocks);
                 return;
             }
         }
@@ -463,9 +471,11 @@ template <typename T> struct multiplier : follower {
             await(task.own_slot, 1, task.slot_free);
         float4 *to = slot_sums(task.own_slot);
 #pragma unroll
-        for (int q = 0; q < MOST / 8; q++)
-            if (q * 8 < task.rows)
-                to[q * WARPGROUP] = make_float4(d[4 * q], d[4 * q + 1], d[4 * q + 2], d[4 * q + 3]);
+        for (int q = 0; q < MOST / 8; q++) {
+            if (q * 8 >= task.rows)
+                break;
+            to[q * WARPGROUP] = make_float4(d[4 * q], d[4 * q + 1], d[4 * q + 2], d[4 * q + 3]);
+        }
         mails.send(thread, slot_state(task.own_slot), task.gemm2 ? MOE_SLOT_SUM2 : MOE_SLOT_SUM1, 1);
     }
 
@@ -474,14 +484,15 @@ template <typename T> struct multiplier : follower {
         for (int slot = task.first_slot; slot < task.first_slot + task.slots; slot++) {
             const float4 *from = slot_sums(slot);
 #pragma unroll
-            for (int q = 0; q < MOST / 8; q++)
-                if (q * 8 < task.rows) {
-                    const float4 v = __ldcg(from + q * WARPGROUP);
-                    d[4 * q] += v.x;
-                    d[4 * q + 1] += v.y;
-                    d[4 * q + 2] += v.z;
-                    d[4 * q + 3] += v.w;
-                }
+            for (int q = 0; q < MOST / 8; q++) {
+                if (q * 8 >= task.rows)
+                    break;
+                const float4 v = __ldcg(from + q * WARPGROUP);
+                d[4 * q] += v.x;
+                d[4 * q + 1] += v.y;
+                d[4 * q + 2] += v.z;
+                d[4 * q + 3] += v.w;
+            }
         }
         if (task.slots > 0 && !task.gemm2)
             mails.send(thread, slot_state(task.first_slot), MOE_SLOT_READ1, task.slots);
@@ -496,6 +507,7 @@ template <typename T> struct multiplier : follower {
     {
         const uint32_t from = ring - (MULTIPLIERS - half) * piece;
         sync();
+#pragma unroll 1
         for (int i = thread; i < task.rows * CHUNKS; i += WARPGROUP) {
             const int chunk = i % CHUNKS, r = i / CHUNKS;
             const int64_t c = column + chunk * 8;
@@ -513,13 +525,14 @@ template <typename T> struct multiplier : follower {
         const int lane = thread % 32, warp = thread / 32;
         sync(); // the last tile has left the piece
 #pragma unroll
-        for (int q = 0; q < MOST / 8; q++)
-            if (q * 8 < task.rows) {
-                const float *e = d + q * 4;
-                const int row = q * 8 + lane % 8;
-                moe_stmatrix_trans(to + row * ROW_BYTES + ((warp ^ (row & 7)) << 4),
-                                   moe_pair(moe_silu_fast(e[0]) * e[2], moe_silu_fast(e[1]) * e[3], T()));
-            }
+        for (int q = 0; q < MOST / 8; q++) {
+            if (q * 8 >= task.rows)
+                break;
+            const float *e = d + q * 4;
+            const int row = q * 8 + lane % 8;
+            moe_stmatrix_trans(to + row * ROW_BYTES + ((warp ^ (row & 7)) << 4),
+                               moe_pair(moe_silu_fast(e[0]) * e[2], moe_silu_fast(e[1]) * e[3], T()));
+        }
         store<4>(task, args.decode.act, args.decode.intermediate,
                  (int64_t)task.band * (MOE_PACKED_ROWS / 2) + half * 32);
         mails.send(thread, args.decode.finished + task.tile, 1, 0);
@@ -531,13 +544,14 @@ template <typename T> struct multiplier : follower {
         const int lane = thread % 32, warp = thread / 32;
         sync(); // the last tile has left the piece
 #pragma unroll
-        for (int q = 0; q < MOST / 8; q++)
-            if (q * 8 < task.rows) {
-                const float *e = d + q * 4;
-                const int row = q * 8 + lane % 8;
-                moe_stmatrix_trans(to + row * ROW_BYTES + (((warp * 2 + lane / 8 % 2) ^ (row & 7)) << 4),
-                                   moe_pair(e[0], e[1], T()), moe_pair(e[2], e[3], T()));
-            }
+        for (int q = 0; q < MOST / 8; q++) {
+            if (q * 8 >= task.rows)
+                break;
+            const float *e = d + q * 4;
+            const int row = q * 8 + lane % 8;
+            moe_stmatrix_trans(to + row * ROW_BYTES + (((warp * 2 + lane / 8 % 2) ^ (row & 7)) << 4),
+                               moe_pair(e[0], e[1], T()), moe_pair(e[2], e[3], T()));
+        }
         store<8>(task, args.decode.down, args.decode.hidden, (int64_t)task.band * MOE_PACKED_ROWS + half * 64);
     }
 
@@ -548,7 +562,7 @@ template <typename T> struct multiplier : follower {
             // What others have summed up of GEMM 1 is there by now, mostly; of GEMM 2 perhaps only later.
             if (!task.gemm2)
                 await_sums(task);
-            multiply_any<MOST>(task.rows, task.end - task.begin);
+            multiply_any(task.rows, task.end - task.begin);
             if (task.gemm2)
                 await_sums(task);
             add_sums(task);

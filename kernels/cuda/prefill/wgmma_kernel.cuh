@@ -104,14 +104,12 @@ template <class Shape> struct item_reader {
     const uint32_t shared;
     ring_place<SLOTS> slot;
 
-    // False: there is nothing left. Called by whole warps.
+    // False: there is nothing left. Each thread says for itself that it has read the slot.
     __device__ __forceinline__ bool next(moe_item &item)
     {
         moe_barrier_wait(shared + Shape::SLOT_FULL + slot.at * 8, slot.parity);
         item = static_cast<const moe_item *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[slot.at];
-        __syncwarp();
-        if (threadIdx.x % 32 == 0)
-            moe_barrier_arrive(shared + Shape::SLOT_EMPTY + slot.at * 8);
+        moe_barrier_arrive(shared + Shape::SLOT_EMPTY + slot.at * 8);
         slot.next();
         return item.rows > 0;
     }
@@ -318,7 +316,8 @@ template <typename T, class Shape> struct ffn_multiplier {
     float d[M_BLOCKS][Shape::NMAX / 2];
 
     __device__ ffn_multiplier(const ffn_args &a, uint32_t s)
-        : args(a), shared(s), half(threadIdx.x / WARPGROUP - 1), thread(threadIdx.x % WARPGROUP)
+        : args(a), shared(s), half(__shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP - 1, 0)),
+          thread(threadIdx.x % WARPGROUP)
     {
     }
 
@@ -358,9 +357,10 @@ template <typename T, class Shape> struct ffn_multiplier {
     // first ones run.
     template <int N> __device__ __forceinline__ void multiply(int blocks, bool gathered)
     {
+        int chore = borrowed >= 0 ? 0 : unsettled >= 0 ? 2 : -1; // the block when it is time
         for (int block = 0; block < blocks; block++) {
             const uint32_t base = shared + stage.at * Shape::STAGE;
-            const uint64_t a = moe_wgmma_matrix(base + half * TILE_BYTES), b = moe_wgmma_matrix(base + WEIGHT_BYTES);
+            const uint32_t a = moe_wgmma_matrix(base + half * TILE_BYTES), b = moe_wgmma_matrix(base + WEIGHT_BYTES);
             wait_full();
             if (gathered)
                 moe_fence_async_shared(); // the loading threads' own copies, which the tensor cores might not see yet
@@ -372,10 +372,13 @@ template <typename T, class Shape> struct ffn_multiplier {
                     moe_wgmma<T, N>::run(d[m], a + m * (TILE_BYTES / M_BLOCKS / 16) + k * 2, b + k * 2,
                                          (block | k) != 0);
             moe_wgmma_commit();
-            if (block == 0 && borrowed >= 0)
-                give_back();
-            if (block == 2 && unsettled >= 0)
-                settle();
+            if (block == chore) {
+                if (block == 0)
+                    give_back();
+                else
+                    settle();
+                chore = unsettled >= 0 ? 2 : -1;
+            }
             moe_wgmma_wait();
             release(stage.at);
             stage.next();
@@ -572,7 +575,7 @@ __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_consta
         }
         for (int i = 0; i < SLOTS; i++) {
             moe_barrier_init(shared + Shape::SLOT_FULL + i * 8, 1);
-            moe_barrier_init(shared + Shape::SLOT_EMPTY + i * 8, (Shape::LOADERS + MULTIPLIERS * WARPGROUP) / 32);
+            moe_barrier_init(shared + Shape::SLOT_EMPTY + i * 8, Shape::LOADERS + MULTIPLIERS * WARPGROUP);
         }
         moe_barrier_init_done();
     }
