@@ -24,21 +24,20 @@ int arena_add(struct arena *arena, const char *name, size_t bytes, const void *i
     return arena->count++;
 }
 
-bool arena_ready(struct arena *arena)
+moe_status arena_ready(struct arena *arena)
 {
     size_t wanted = arena->used + arena->used / 2;
 
     if (arena->used <= arena->capacity)
-        return true;
+        return MOE_OK;
     arena_free(arena);
-    arena->image = malloc(wanted);
-    arena->before = malloc(wanted);
-    if (!arena->image || !arena->before || moe_buffer_alloc(arena->ctx, wanted, (void **)&arena->device) != MOE_OK) {
-        arena_free(arena);
-        return false;
-    }
+    moe_status status = moe_buffer_alloc(arena->ctx, wanted, (void **)&arena->device);
+    if (status != MOE_OK)
+        return status;
+    arena->image = must_alloc(wanted);
+    arena->before = must_alloc(wanted);
     arena->capacity = wanted;
-    return true;
+    return MOE_OK;
 }
 
 moe_status arena_send(struct arena *arena, uint8_t poison)
@@ -50,13 +49,18 @@ moe_status arena_send(struct arena *arena, uint8_t poison)
         if (region->initial != NULL && region->bytes > 0)
             memcpy(arena->image + region->offset, region->initial, region->bytes);
     }
-    memcpy(arena->before, arena->image, arena->used);
+    arena_keep(arena);
     return moe_copy_in(arena->ctx, arena->device, arena->image, arena->used, NULL);
 }
 
 moe_status arena_fetch(struct arena *arena)
 {
     return moe_copy_out(arena->ctx, arena->image, arena->device, arena->used, NULL);
+}
+
+void arena_keep(struct arena *arena)
+{
+    memcpy(arena->before, arena->image, arena->used);
 }
 
 moe_status arena_write(struct arena *arena, int region, const void *data)

@@ -8,6 +8,7 @@
  *   budget.c  how large an error may be, and against what it is measured
  *   arena.c   device memory with guard bands, poisoned
  *   packed.c  packs a case's weights, and checks them
+ *   check.c   what the checks share
  *   layer.c   checks moe_experts_forward, moe_forward and moe_route
  *   steps.c   checks each step of a path against the contract of the operations that it covers
  *   bench.c   times paths and their steps
@@ -72,9 +73,9 @@ struct case_kind {
     bool small, gpu;
 };
 
-/* Shape and dtypes only, then the memory. case_fill returns false if there is none. */
+/* Shape and dtypes only, then the memory. */
 void case_draw(struct test_case *c, uint64_t seed, struct case_kind kind);
-bool case_fill(struct test_case *c);
+void case_fill(struct test_case *c);
 void case_free(struct test_case *c);
 void case_print(const struct test_case *c, FILE *file);
 moe_layer_desc case_desc(const struct test_case *c);
@@ -97,13 +98,12 @@ void rows64(const struct test_case *c, int32_t expert, unsigned stages, int coun
 
 /* The experts' results of every (token, slot), kept as long as ids are the same. */
 struct expert_rows {
-    bool valid;
     int32_t slots;
     int32_t *expert; /* [T, S], -1: none */
-    double *down;    /* [T, S, H] */
-    double *typical; /* [T, S, H] */
+    double *down;    /* [T, S, H]; not set where there is no expert */
+    double *typical; /* [T, S, H]; likewise */
 };
-bool expert_rows_make(struct expert_rows *rows, const struct test_case *c, const void *ids, moe_dtype ids_dtype,
+void expert_rows_make(struct expert_rows *rows, const struct test_case *c, const void *ids, moe_dtype ids_dtype,
                       int32_t slots);
 void expert_rows_free(struct expert_rows *rows);
 
@@ -128,6 +128,11 @@ double row_error(const void *got, moe_dtype dtype, int64_t first, const double *
 
 /* ---- Memory ---- */
 
+/* Ends the program where there is none: a check that could not be made must not look like one that found nothing. */
+void *must_alloc(size_t bytes);
+/* The first byte in which a and b differ; `bytes`: none. */
+size_t first_difference(const void *a, const void *b, size_t bytes);
+
 enum { GUARD_BYTES = 256, MAX_REGIONS = 40 };
 
 struct region {
@@ -139,7 +144,7 @@ struct region {
 struct arena {
     moe_context *ctx;
     char *device;
-    uint8_t *image, *before; /* host copies of the whole: the present one, and that before the last arena_send/_keep */
+    uint8_t *image, *before; /* host copies of the whole: the present one, and that of the last arena_send or _keep */
     size_t used, capacity;
     int count;
     struct region regions[MAX_REGIONS];
@@ -149,10 +154,12 @@ void arena_begin(struct arena *arena, moe_context *ctx);
 /* Returns the region's number. `offset`: bytes past a multiple of 256 at which it begins. */
 int arena_add(struct arena *arena, const char *name, size_t bytes, const void *initial, size_t offset);
 /* Makes the memory, after the last add. */
-bool arena_ready(struct arena *arena);
+moe_status arena_ready(struct arena *arena);
 /* Everything gets the poison byte, then regions their initial contents; all goes to the device. */
 moe_status arena_send(struct arena *arena, uint8_t poison);
 moe_status arena_fetch(struct arena *arena);
+/* What is there now is what later changes are told by. */
+void arena_keep(struct arena *arena);
 /* Overwrites one region on the device. */
 moe_status arena_write(struct arena *arena, int region, const void *data);
 void *arena_device(const struct arena *arena, int region);
@@ -160,6 +167,8 @@ void *arena_host(const struct arena *arena, int region);
 void arena_free(struct arena *arena);
 
 /* ---- Running and reporting ---- */
+
+double seconds_now(void); /* on a clock that only goes forward */
 
 /* What is counted of each path, layout and configuration. */
 struct totals {

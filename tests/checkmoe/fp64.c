@@ -99,30 +99,29 @@ void expert_rows_free(struct expert_rows *rows)
     memset(rows, 0, sizeof *rows);
 }
 
-bool expert_rows_make(struct expert_rows *rows, const struct test_case *c, const void *ids, moe_dtype ids_dtype,
+void expert_rows_make(struct expert_rows *rows, const struct test_case *c, const void *ids, moe_dtype ids_dtype,
                       int32_t slots)
 {
     const unsigned stages = MOE_STAGE_GEMM1 | MOE_STAGE_ACTIVATION | MOE_STAGE_GEMM2;
     const int64_t hidden = c->hidden, pairs = c->tokens * slots;
-    bool same = rows->valid && rows->slots == slots;
+    bool same = rows->expert != NULL && rows->slots == slots;
 
     for (int64_t i = 0; same && i < pairs; i++)
         same = rows->expert[i] == expert_of(ids, ids_dtype, i, c->experts);
     if (same)
-        return true;
+        return;
 
     expert_rows_free(rows);
     rows->slots = slots;
-    rows->expert = malloc((size_t)pairs * sizeof(int32_t) + 1);
-    rows->down = calloc((size_t)(pairs * hidden) + 1, sizeof(double));
-    rows->typical = calloc((size_t)(pairs * hidden) + 1, sizeof(double));
-    double *in = malloc((size_t)(3 * BLOCK_ROWS * hidden) * sizeof(double));
-    double *work = malloc(rows64_work(c) * sizeof(double));
-    rows->valid = rows->expert && rows->down && rows->typical && in && work;
+    rows->expert = must_alloc((size_t)pairs * sizeof(int32_t));
+    rows->down = must_alloc((size_t)(pairs * hidden) * sizeof(double));
+    rows->typical = must_alloc((size_t)(pairs * hidden) * sizeof(double));
+    double *in = must_alloc((size_t)(3 * BLOCK_ROWS * hidden) * sizeof(double));
+    double *work = must_alloc(rows64_work(c) * sizeof(double));
 
-    for (int64_t i = 0; rows->valid && i < pairs; i++)
+    for (int64_t i = 0; i < pairs; i++)
         rows->expert[i] = expert_of(ids, ids_dtype, i, c->experts);
-    for (int32_t e = 0; rows->valid && e < c->experts; e++) {
+    for (int32_t e = 0; e < c->experts; e++) {
         double *out = in + BLOCK_ROWS * hidden, *typical = out + BLOCK_ROWS * hidden;
         int64_t block[BLOCK_ROWS];
         int count = 0;
@@ -145,7 +144,6 @@ bool expert_rows_make(struct expert_rows *rows, const struct test_case *c, const
     }
     free(in);
     free(work);
-    return rows->valid;
 }
 
 void logits64(const struct test_case *c, int64_t token, double *logits, double *tolerance)

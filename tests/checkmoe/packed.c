@@ -12,13 +12,10 @@ static bool check_part(struct checker *checker, const struct test_case *c, const
     const uint16_t *matrices = w13 ? c->w13 : c->w2;
     const size_t expert_bytes = 2 * packer_pack(NULL, 1, rows, cols, w13, NULL);
     const size_t bytes = expert_bytes * (size_t)c->experts;
-    uint8_t *got = malloc(bytes);
-    uint16_t *expected = malloc(expert_bytes);
-    bool fine = got != NULL && expected != NULL &&
-                check_call(checker, moe_copy_out(checker->ctx, got, device, bytes, NULL), "copying from the device");
+    uint8_t *got = must_alloc(bytes);
+    uint16_t *expected = must_alloc(expert_bytes);
+    bool fine = check_call(checker, moe_copy_out(checker->ctx, got, device, bytes, NULL), "copying from the device");
 
-    if (got == NULL || expected == NULL)
-        check_fail(checker, "no host memory");
     if (fine && checker->broken == BREAK_PACKED && !w13) {
         got[bytes - 1] ^= 1;
         checker->planted = true;
@@ -28,12 +25,8 @@ static bool check_part(struct checker *checker, const struct test_case *c, const
 
         packer_pack(matrices + e * rows * cols, 1, rows, cols, w13, expected);
         if (memcmp(expert, expected, expert_bytes) != 0) {
-            size_t at = 0;
-
-            while (expert[at] == ((uint8_t *)expected)[at])
-                at++;
-            check_fail(checker, "packed %s of expert %d differs from byte %zu of %zu on", w13 ? "w13" : "w2", e, at,
-                       expert_bytes);
+            check_fail(checker, "packed %s of expert %d differs from byte %zu of %zu on", w13 ? "w13" : "w2", e,
+                       first_difference(expert, expected, expert_bytes), expert_bytes);
             fine = false;
         }
     }

@@ -79,7 +79,8 @@ static bool set_up(struct checker *checker, const struct test_case *c, const str
     call->scratch_bytes = path->scratch != NULL ? path->scratch(call) : 0;
     call->plan.zeroed_bytes = path->zeroed != NULL ? path->zeroed(call) : 0;
     s->scratch = arena_add(arena, "scratch", call->scratch_bytes, NULL, 0);
-    if (!arena_ready(arena) || !make_layers(checker, c, s->gate, s->w13, s->w2, &s->layer, &s->packed))
+    if (!check_call(checker, arena_ready(arena), "device memory") ||
+        !make_layers(checker, c, s->gate, s->w13, s->w2, &s->layer, &s->packed))
         return false;
 
     call->w13.data = s->packed != NULL ? s->packed->weights.w13 : device(arena, s->w13);
@@ -157,11 +158,9 @@ static void check_plan(struct checker *checker, const struct test_case *c, const
                        moe_dtype ids_dtype, const float *weights)
 {
     const int64_t pairs = c->tokens * c->slots;
-    int32_t *ints = malloc((size_t)(2 * c->experts + 1 + 4 * pairs) * sizeof(int32_t));
+    int32_t *ints = must_alloc((size_t)(2 * c->experts + 1 + 4 * pairs) * sizeof(int32_t));
     struct moe_plan_args args = s->call.plan;
 
-    if (ints == NULL)
-        return;
     args.ids = ids;
     args.ids_dtype = ids_dtype;
     args.weights = weights;
@@ -266,11 +265,11 @@ static void check_rows(struct checker *checker, const struct test_case *c, const
                                                                        : budget_operation(to.dtype);
     const int32_t *offsets = plan_ints(checker, s->offsets), *row_token = plan_ints(checker, s->row_token);
     const void *source = arena_host(&checker->arena, from.region), *result = arena_host(&checker->arena, to.region);
-    double *in = malloc((size_t)(BLOCK_ROWS * (from.width + 2 * to.width)) * sizeof(double));
-    double *work = malloc(rows64_work(c) * sizeof(double));
+    double *in = must_alloc((size_t)(BLOCK_ROWS * (from.width + 2 * to.width)) * sizeof(double));
+    double *work = must_alloc(rows64_work(c) * sizeof(double));
     double *out = in + BLOCK_ROWS * from.width, *typical = out + BLOCK_ROWS * to.width;
 
-    for (int32_t e = 0; in != NULL && work != NULL && e < c->experts; e++)
+    for (int32_t e = 0; e < c->experts; e++)
         for (int32_t first = offsets[e]; first < offsets[e + 1]; first += BLOCK_ROWS) {
             int count = offsets[e + 1] - first < BLOCK_ROWS ? offsets[e + 1] - first : BLOCK_ROWS;
 
@@ -329,9 +328,9 @@ static void check_combine(struct checker *checker, const struct test_case *c, co
     const double budget = budget_operation(c->io_dtype);
     const int32_t *slot_row = plan_ints(checker, s->slot_row);
     const void *down = arena_host(&checker->arena, s->down), *output = arena_host(&checker->arena, s->output);
-    double *expected = malloc((size_t)hidden * 2 * sizeof(double)), *typical = expected + hidden;
+    double *expected = must_alloc((size_t)hidden * 2 * sizeof(double)), *typical = expected + hidden;
 
-    for (int64_t t = 0; expected != NULL && t < c->tokens; t++) {
+    for (int64_t t = 0; t < c->tokens; t++) {
         int64_t column = 0;
 
         memset(expected, 0, (size_t)hidden * 2 * sizeof(double));
@@ -421,6 +420,15 @@ static void plant(struct checker *checker, const struct test_case *c, const stru
         plant_output(checker, s->output, c, run);
 }
 
+/* `call`: the set-up's, or a copy of it. */
+static bool call_step(struct checker *checker, const struct setup *s, const struct moe_step *step,
+                      const struct moe_call *call)
+{
+    const moe_status status = step->run(call);
+
+    return check_call(checker, status, s->error.text[0] ? s->error.text : step->name);
+}
+
 static bool run_step(struct checker *checker, const struct test_case *c, struct setup *s, const struct moe_step *step,
                      int run)
 {
@@ -430,8 +438,8 @@ static bool run_step(struct checker *checker, const struct test_case *c, struct 
     if ((step->stages & MOE_STAGE_TOPK) && !(step->stages & MOE_STAGE_LOGITS) &&
         !check_call(checker, arena_write(arena, s->logits, c->logits), "copying to the device"))
         return false;
-    memcpy(arena->before, arena->image, arena->used);
-    if (!check_call(checker, step->run(&s->call), s->error.text[0] ? s->error.text : step->name) ||
+    arena_keep(arena);
+    if (!call_step(checker, s, step, &s->call) ||
         !check_call(checker, moe_synchronize(checker->ctx, NULL), "moe_synchronize") ||
         !check_call(checker, arena_fetch(arena), "copying from the device"))
         return false;
@@ -456,10 +464,8 @@ static void run_routing(struct checker *checker, const struct test_case *c, cons
     if (!check_call(checker, arena_send(arena, 0xff), "copying to the device") ||
         !check_call(checker, arena_write(arena, s->logits, c->logits), "copying to the device"))
         return;
-    memcpy(arena->before, arena->image, arena->used);
     for (const struct moe_step *step = info->steps; step->run != NULL; step++)
-        if ((step->stages & stages) != 0 &&
-            !check_call(checker, step->run(&call), s->error.text[0] ? s->error.text : step->name))
+        if ((step->stages & stages) != 0 && !call_step(checker, s, step, &call))
             return;
     if (!check_call(checker, moe_synchronize(checker->ctx, NULL), "moe_synchronize") ||
         !check_call(checker, arena_fetch(arena), "copying from the device"))
@@ -508,10 +514,8 @@ static void run_steps(struct checker *checker, const struct test_case *c, const 
         if (checker->failures != failures)
             break;
         if (run == 0) {
-            first = malloc(output->bytes + 1);
-            if (first != NULL)
-                memcpy(first, checker->arena.image + output->offset, output->bytes);
-        } else if (first != NULL && memcmp(first, checker->arena.image + output->offset, output->bytes) != 0) {
+            first = memcpy(must_alloc(output->bytes), checker->arena.image + output->offset, output->bytes);
+        } else if (memcmp(first, checker->arena.image + output->offset, output->bytes) != 0) {
             check_fail(checker, "output differs from the first run's (run %d, other memory contents)", run + 1);
             break;
         }
@@ -533,8 +537,6 @@ void check_steps(struct checker *checker, const struct test_case *c)
             run_routing(checker, c, info, &s);
         if (checker->failures == failures)
             run_steps(checker, c, info, &s);
-    } else if (checker->failures == failures) {
-        check_fail(checker, "no memory");
     }
     if (checker->failures == failures && s.packed != NULL)
         check_packed(checker, c, s.packed); /* nothing has written to them */

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The parts of `moe bench`: a workload (a layer and its tokens), a machine (a clock, and the two ceilings that it
- * measures), the plan of what to time, the meter that brings them together at each token count, and the report. Loading
- * is measured by itself.
+ * The parts of `moe bench`: a workload (a layer and its tokens, and the chain of layers that it may stand for), a
+ * machine (a clock, and the two ceilings that it measures), the plan of what to time, the meter that brings them
+ * together at each token count, and the report. Loading is measured by itself.
  */
 #ifndef MOE_TOOLS_BENCH_BENCH_H
 #define MOE_TOOLS_BENCH_BENCH_H
@@ -40,7 +40,7 @@ struct bench_workload {
     moe_layer_weights weights; /* where the row-major layer's are, for the read ceiling */
     void *parts[3];            /* weights that the workload owns, on the device */
     uint64_t part_bytes[3];
-    int64_t max_tokens;
+    /* For as many tokens as bench_workload_tokens was asked for. */
     void *hidden_states, *output; /* [max_tokens, hidden], the layer's dtype; on the device */
     int32_t *ids;                 /* [max_tokens, top_k], on the device */
     float *topk_weights;          /* [max_tokens, top_k], on the device */
@@ -90,6 +90,7 @@ struct bench_point {
     int64_t hidden, intermediate;
     moe_dtype dtype;
     const void *w13, *w2;                         /* [E, 2I, H] and [E, H, I], on the device */
+    uint64_t matrix_bytes;                        /* of an expert's gate, up or down */
     int32_t touched;                              /* experts with at least one token */
     int32_t touched_ids[MOE_MAX_EXPERTS];         /* the first `touched` */
     double chain_touched;                         /* by a layer of the chain, on average */

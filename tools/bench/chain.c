@@ -20,6 +20,7 @@ struct bench_chain {
     moe_layer *packed[BENCH_CHAIN_LAYERS];                /* each owns a copy; the first one is the workload's */
     void *parts[BENCH_CHAIN_LAYERS][MOE_PART_COUNT];      /* row-major copies, likewise */
     uint64_t part_bytes[MOE_PART_COUNT];                  /* of a row-major copy */
+    uint64_t copy_bytes;                                  /* of a copy in all its layouts */
     size_t gate_bytes, gate_stride;                       /* of a gate, and from one to the next */
     char *gates;                                          /* [BENCH_CHAIN_LAYERS], on the device */
     moe_layer *layers[BENCH_LAYOUTS][BENCH_CHAIN_LAYERS]; /* a copy's weights, and a gate */
@@ -35,18 +36,19 @@ static uint64_t part_bytes(const moe_layer_desc *desc, enum moe_part part, moe_l
 static moe_status count_copies(struct bench_chain *c, const moe_layer_desc *desc, const bool layouts[BENCH_LAYOUTS],
                                struct moe_error *err)
 {
-    uint64_t bytes = 0, room = c->ctx->info.memory_bytes / memory_share;
+    const uint64_t room = c->ctx->info.memory_bytes / memory_share;
     for (int layout = MOE_LAYOUT_ROW_MAJOR; layout < BENCH_LAYOUTS; layout++) {
         if (layouts[layout])
-            bytes += part_bytes(desc, MOE_PART_W13, layout) + part_bytes(desc, MOE_PART_W2, layout);
+            c->copy_bytes += part_bytes(desc, MOE_PART_W13, layout) + part_bytes(desc, MOE_PART_W2, layout);
     }
-    c->copies = room / bytes < BENCH_CHAIN_LAYERS ? (int32_t)(room / bytes) : BENCH_CHAIN_LAYERS;
+    const uint64_t copies = room / c->copy_bytes;
+    c->copies = copies < BENCH_CHAIN_LAYERS ? (int32_t)copies : BENCH_CHAIN_LAYERS;
     if (c->copies >= LEAST_COPIES)
         return MOE_OK;
     char one[32], half[32];
     return moe_fail(err, MOE_ERROR_UNSUPPORTED,
                     "bench: --decode needs %d copies of the layer's weights (%s each), and half of the memory is %s",
-                    LEAST_COPIES, cli_show_bytes((double)bytes, one, sizeof one),
+                    LEAST_COPIES, cli_show_bytes((double)c->copy_bytes, one, sizeof one),
                     cli_show_bytes((double)room, half, sizeof half));
 }
 
@@ -81,7 +83,7 @@ static moe_status make_copies(struct bench_chain *c, const struct bench_workload
             status = copy_rows(c, w, i, err);
         if (status == MOE_OK && layouts[MOE_LAYOUT_PACKED])
             status = moe_layer_pack(w->layers[MOE_LAYOUT_ROW_MAJOR], &c->packed[i]);
-        cli_progress_update(&progress, (uint64_t)i + 1, (uint64_t)c->copies);
+        cli_progress_update(&progress, (uint64_t)i * c->copy_bytes, (uint64_t)(c->copies - 1) * c->copy_bytes);
     }
     cli_progress_end(&progress);
     return status;

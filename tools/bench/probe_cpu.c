@@ -36,7 +36,6 @@ struct cpu_machine {
     void *flush;
     size_t flush_bytes;
     atomic_ullong sum; /* of all that was read: so that the loads are needed */
-    void *blas;
     sgemm_fn sgemm;
     int n; /* of the n x n x n product */
     float *a, *b, *c;
@@ -62,16 +61,11 @@ static void read_share(struct cpu_machine *m, const void *data, uint64_t bytes, 
     atomic_fetch_add(&m->sum, sums[0]);
 }
 
-static uint64_t matrix_bytes(const struct bench_point *p)
-{
-    return (uint64_t)p->hidden * (uint64_t)p->intermediate * moe_dtype_size(p->dtype);
-}
-
 static void read_weights(void *argument, int32_t thread, int32_t threads)
 {
     struct cpu_machine *m = argument;
     const struct bench_point *p = m->point;
-    uint64_t matrix = matrix_bytes(p);
+    const uint64_t matrix = p->matrix_bytes;
     for (int32_t i = 0; i < p->touched; i++) {
         uint64_t e = (uint64_t)p->touched_ids[i];
         read_share(m, (const char *)p->w13 + e * 2 * matrix, 2 * matrix, thread, threads);
@@ -100,7 +94,7 @@ static moe_status cpu_read(struct bench_machine *base, double *seconds, struct m
     moe_pool_run(m->pool, read_flush, m);
     double start = cli_now();
     moe_pool_run(m->pool, read_weights, m);
-    double rate = 3 * (double)matrix_bytes(m->point) * m->point->touched / (cli_now() - start);
+    double rate = 3 * (double)m->point->matrix_bytes * m->point->touched / (cli_now() - start);
     *seconds = base->read_bytes / rate;
     return MOE_OK;
 }
@@ -170,14 +164,14 @@ static moe_status make_flush(struct cpu_machine *m, struct moe_error *err)
 /* False, with a reason in m->why, if there is no OpenBLAS here. */
 static bool find_blas(struct cpu_machine *m)
 {
-    m->blas = dlopen("libopenblas.so.0", RTLD_NOW | RTLD_LOCAL);
-    if (!m->blas) {
+    void *blas = dlopen("libopenblas.so.0", RTLD_NOW | RTLD_LOCAL); /* until the process ends: see cpu_close */
+    if (!blas) {
         snprintf(m->why, sizeof m->why, "%s", dlerror());
         return false;
     }
     void (*set_threads)(int);
-    *(void **)&set_threads = dlsym(m->blas, "openblas_set_num_threads");
-    *(void **)&m->sgemm = dlsym(m->blas, "cblas_sgemm");
+    *(void **)&set_threads = dlsym(blas, "openblas_set_num_threads");
+    *(void **)&m->sgemm = dlsym(blas, "cblas_sgemm");
     if (!set_threads || !m->sgemm) {
         snprintf(m->why, sizeof m->why, "libopenblas.so.0 has no cblas_sgemm or openblas_set_num_threads");
         return false;

@@ -84,7 +84,7 @@ cuda_machine *self(bench_machine *m)
     return reinterpret_cast<cuda_machine *>(m);
 }
 
-// A blank text where the CUDA call succeeded.
+// The status and the text of an error in `what`. Without one err stays as it is.
 moe_status checked(cudaError_t error, const char *what, moe_error *err)
 {
     if (error == cudaSuccess)
@@ -220,17 +220,12 @@ stack stack_of(const void *data, uint64_t matrix_bytes, const read_way &way)
     return {static_cast<const char *>(data), matrix_bytes, (uint32_t)((matrix_bytes + chunk - 1) / chunk)};
 }
 
-uint64_t matrix_bytes(const bench_point *p)
-{
-    return (uint64_t)p->hidden * (uint64_t)p->intermediate * moe_dtype_size(p->dtype);
-}
-
 moe_status run_read(void *machine, void *stream)
 {
     auto *m = static_cast<cuda_machine *>(machine);
     const bench_point *p = m->point;
     const read_way &way = *m->way;
-    const uint64_t matrix = matrix_bytes(p);
+    const uint64_t matrix = p->matrix_bytes;
     read_list list;
     list.w13 = stack_of(p->w13, 2 * matrix, way);
     list.w2 = stack_of(p->w2, matrix, way);
@@ -423,7 +418,7 @@ moe_status cuda_point(bench_machine *base, const bench_point *p, moe_error *err)
 {
     cuda_machine *m = self(base);
     m->point = p;
-    base->read_bytes = 3.0 * (double)matrix_bytes(p) * p->touched;
+    base->read_bytes = 3.0 * (double)p->matrix_bytes * p->touched;
     cuda_release(base, &m->read_call);
     cuda_release(base, &m->dense_call);
     moe_status status = checked(cudaSetDevice(m->device), "cudaSetDevice", err);

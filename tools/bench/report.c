@@ -8,19 +8,12 @@
 
 static const char *const part_names[BENCH_PARTS] = {"layer", "route", "experts", "chain"};
 
-static int by_value(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 struct bench_time bench_time_of(double *samples, int32_t count)
 {
     struct bench_time time = {.samples = count};
     if (count == 0)
         return time;
-    qsort(samples, (size_t)count, sizeof *samples, by_value);
-    time.median = 0.5 * (samples[(count - 1) / 2] + samples[count / 2]);
+    time.median = cli_median(samples, (size_t)count); /* sorts them */
     time.p99 = samples[(int32_t)(((int64_t)count * 99 + 99) / 100) - 1];
     return time;
 }
@@ -122,6 +115,13 @@ const char *report_show(double value, const char *format, char *buffer, size_t b
     return buffer;
 }
 
+void report_line(char *line, int length, const char *note)
+{
+    while (!note[0] && length > 0 && line[length - 1] == ' ')
+        line[--length] = 0;
+    printf("%s%s%s\n", line, note[0] ? "  " : "", note);
+}
+
 static void table_row(int64_t tokens, const char *name, double seconds, const struct figures *f, const char *note)
 {
     char time[32] = "", moved[32] = "", gb[32], tflop[32], over[32];
@@ -134,9 +134,7 @@ static void table_row(int64_t tokens, const char *name, double seconds, const st
                           report_show(f->gb, "%.1f", gb, sizeof gb),
                           report_show(f->tflop, f->tflop < 10 ? "%.3f" : "%.1f", tflop, sizeof tflop),
                           report_show(f->over, "%.3f", over, sizeof over));
-    while (!note[0] && length > 0 && line[length - 1] == ' ')
-        line[--length] = 0;
-    printf("%s%s%s\n", line, note[0] ? "  " : "", note);
+    report_line(line, length, note);
 }
 
 static void append(char *buffer, size_t bytes, const char *format, const char *text)

@@ -22,6 +22,8 @@ const char *report_name(const struct bench_result *result, char *buffer, size_t 
 const char *report_config(const struct bench_run *run);
 /* A number, or blanks for one that does not apply; returns buffer. */
 const char *report_show(double value, const char *format, char *buffer, size_t bytes);
+/* A line of the table and what is noted of it; without a note it ends where its last figure does. */
+void report_line(char *line, int length, const char *note);
 /* The last field of a line of CSV, and the line's end. */
 void report_csv_note(const char *note);
 /* Adds a time that was measured. */

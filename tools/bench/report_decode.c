@@ -70,9 +70,7 @@ static void table_row(const struct bench_point *p, const struct row *row, double
                           report_show(100 * row->alone_share, "%.1f", text[3], 32), micro(chain->median, text[4]),
                           micro(chain->p99, text[5]), report_show(100 * row->chain_share, "%.1f", text[6], 32),
                           report_show(row->ratio, "%.4f", text[7], 32));
-    while (!row->note[0] && length > 0 && line[length - 1] == ' ')
-        line[--length] = 0;
-    printf("%s%s%s\n", line, row->note[0] ? "  " : "", row->note);
+    report_line(line, length, row->note);
 }
 
 void report_decode_titles(void)

@@ -200,7 +200,6 @@ moe_status bench_workload_tokens(struct bench_workload *w, int64_t max_tokens, b
     int64_t h = w->desc.hidden_size;
     size_t row = (size_t)h * moe_dtype_size(dtype), bytes = (size_t)max_tokens * row;
     size_t slots = (size_t)max_tokens * (size_t)w->desc.top_k;
-    w->max_tokens = max_tokens;
     moe_status status = moe_buffer_alloc(w->ctx, bytes, &w->hidden_states);
     if (status == MOE_OK)
         status = moe_buffer_alloc(w->ctx, bytes, &w->output);
@@ -302,6 +301,7 @@ moe_status bench_point_set(struct bench_point *p, const struct bench_workload *w
     p->dtype = d->dtype;
     p->w13 = w->weights.w13;
     p->w2 = w->weights.w2;
+    p->matrix_bytes = (uint64_t)d->hidden_size * (uint64_t)d->intermediate_size * moe_dtype_size(d->dtype);
 
     moe_status status = w->chain ? route_chain(p, w) : MOE_OK;
     if (status == MOE_OK) /* last: its ids stay in the workload, and its experts in the point */
