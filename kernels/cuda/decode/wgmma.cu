@@ -459,12 +459,6 @@ template <typename T> struct multiplier : follower {
         sync();
     }
 
-    __device__ __forceinline__ void await_sums(const moe_decode_task &task) const
-    {
-        if (task.slots > 0)
-            await(task.first_slot, task.slots, task.gemm2 ? MOE_SLOT_SUM2 : MOE_SLOT_SUM1);
-    }
-
     __device__ __forceinline__ void leave_sums(const moe_decode_task &task)
     {
         if (task.slot_free != MOE_SLOT_FREE)
@@ -481,6 +475,7 @@ template <typename T> struct multiplier : follower {
 
     __device__ __forceinline__ void add_sums(const moe_decode_task &task)
     {
+        await(task.first_slot, task.slots, task.gemm2 ? MOE_SLOT_SUM2 : MOE_SLOT_SUM1);
         for (int slot = task.first_slot; slot < task.first_slot + task.slots; slot++) {
             const float4 *from = slot_sums(slot);
 #pragma unroll
@@ -494,7 +489,7 @@ template <typename T> struct multiplier : follower {
                 d[4 * q + 3] += v.w;
             }
         }
-        if (task.slots > 0 && !task.gemm2)
+        if (!task.gemm2)
             mails.send(thread, slot_state(task.first_slot), MOE_SLOT_READ1, task.slots);
     }
 
@@ -535,7 +530,6 @@ template <typename T> struct multiplier : follower {
         }
         store<4>(task, args.decode.act, args.decode.intermediate,
                  (int64_t)task.band * (MOE_PACKED_ROWS / 2) + half * 32);
-        mails.send(thread, args.decode.finished + task.tile, 1, 0);
     }
 
     __device__ __forceinline__ void finish_down(const moe_decode_task &task)
@@ -559,19 +553,17 @@ template <typename T> struct multiplier : follower {
     {
         moe_decode_task task;
         while (next(task)) {
-            // What others have summed up of GEMM 1 is there by now, mostly; of GEMM 2 perhaps only later.
-            if (!task.gemm2)
-                await_sums(task);
             multiply_any(task.rows, task.end - task.begin);
-            if (task.gemm2)
-                await_sums(task);
-            add_sums(task);
-            if (task.own_slot >= 0)
+            if (task.slots > 0)
+                add_sums(task);
+            if (task.own_slot >= 0) {
                 leave_sums(task);
-            else if (task.gemm2)
+            } else if (task.gemm2) {
                 finish_down(task);
-            else
+            } else {
                 finish_gated(task);
+                mails.send(thread, args.decode.finished + task.tile, 1, 0);
+            }
         }
         mails.send(thread, NULL, 0, 0);
     }

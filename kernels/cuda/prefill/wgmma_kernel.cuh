@@ -198,6 +198,7 @@ template <typename T, class Shape> struct ffn_loader {
     // Stages that the multiplying warpgroups may write to.
     __device__ __forceinline__ void lend(int stages)
     {
+#pragma unroll 1
         for (int i = 0; i < stages; i++) {
             wait_empty();
             if (threadIdx.x == 0)
@@ -223,6 +224,7 @@ template <typename T, class Shape> struct ffn_loader {
         const uint32_t place = first * ROW_BYTES + ((chunk ^ (first & 7)) << 4);
         const char *from = (const char *)args.x + chunk * 16;
         int left = args.hidden - chunk * 8; // columns from this thread's chunk on
+#pragma unroll 1
         for (int block = 0; block * COLS < args.hidden; block++) {
             wait_empty();
             if (threadIdx.x == 0)
@@ -255,14 +257,17 @@ template <typename T, class Shape> struct ffn_loader {
                 ;
             moe_fence_async(); // what other blocks stored comes before the tensor copies
         }
+#pragma unroll 1
         for (int block = 0; block * COLS < columns; block++) {
             wait_empty();
             if (threadIdx.x == 0) {
                 load_weights(source, block, steps * MOE_ROW_STEP * ROW_BYTES);
                 uint32_t to = tokens();
                 int row = item.row;
+#pragma unroll 1
                 for (int i = 0; i < steps / 4; i++, row += 64, to += 64 * ROW_BYTES)
                     moe_tensor_load_2d(to, by_64, block * COLS, row, full());
+#pragma unroll 1
                 for (int i = 0; i < steps % 4; i++, row += 16, to += 16 * ROW_BYTES)
                     moe_tensor_load_2d(to, by_16, block * COLS, row, full());
             }
@@ -358,6 +363,7 @@ template <typename T, class Shape> struct ffn_multiplier {
     template <int N> __device__ __forceinline__ void multiply(int blocks, bool gathered)
     {
         int chore = borrowed >= 0 ? 0 : unsettled >= 0 ? 2 : -1; // the block when it is time
+#pragma unroll 1
         for (int block = 0; block < blocks; block++) {
             const uint32_t base = shared + stage.at * Shape::STAGE;
             const uint32_t a = moe_wgmma_matrix(base + half * TILE_BYTES), b = moe_wgmma_matrix(base + WEIGHT_BYTES);
@@ -387,16 +393,17 @@ template <typename T, class Shape> struct ffn_multiplier {
             settle();
     }
 
-    // With the number of tokens, in steps, known to the compiler.
-    template <int N> __device__ __forceinline__ void multiply_any(int steps, int blocks, bool gathered)
+    // With the number of tokens, in steps from FIRST to LAST, known to the compiler. Halves: each jump to code that did
+    // not run yet is a wait for memory.
+    template <int FIRST, int LAST> __device__ __forceinline__ void multiply_any(int steps, int blocks, bool gathered)
     {
-        if constexpr (N > MOE_ROW_STEP) {
-            if (steps * MOE_ROW_STEP < N) {
-                multiply_any<N - MOE_ROW_STEP>(steps, blocks, gathered);
-                return;
-            }
-        }
-        multiply<N>(blocks, gathered);
+        constexpr int MIDDLE = (FIRST + LAST) / 2;
+        if constexpr (FIRST == LAST)
+            multiply<FIRST * MOE_ROW_STEP>(blocks, gathered);
+        else if (steps <= MIDDLE)
+            multiply_any<FIRST, MIDDLE>(steps, blocks, gathered);
+        else
+            multiply_any<MIDDLE + 1, LAST>(steps, blocks, gathered);
     }
 
     __device__ void sync() const
@@ -435,8 +442,10 @@ template <typename T, class Shape> struct ffn_multiplier {
                 const int c = (int)column + p * COLS;
                 const uint32_t piece = place + p * Shape::PIECE;
                 int r = 0;
+#pragma unroll 1
                 for (; r + 64 <= rows; r += 64)
                     moe_tensor_store_2d(by_64, piece + r * ROW_BYTES, c, row + r);
+#pragma unroll 1
                 for (; r + 16 <= rows; r += 16)
                     moe_tensor_store_2d(by_16, piece + r * ROW_BYTES, c, row + r);
             }
@@ -445,6 +454,7 @@ template <typename T, class Shape> struct ffn_multiplier {
         const int whole = rows / 16 * 16;
         if (whole == rows)
             return;
+#pragma unroll 1
         for (int i = thread; i < (rows - whole) * PIECES * 8; i += WARPGROUP) {
             const int chunk = i % 8, p = i / 8 % PIECES, r = whole + i / 8 / PIECES;
             const int64_t c = column + p * COLS + chunk * 8;
@@ -515,8 +525,8 @@ template <typename T, class Shape> struct ffn_multiplier {
                 settle();
             if (!more)
                 break;
-            multiply_any<Shape::NMAX>((item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP, item.gemm2 ? blocks2 : blocks1,
-                                      !Shape::ORDERED && !item.gemm2);
+            multiply_any<1, Shape::NMAX / MOE_ROW_STEP>((item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP,
+                                                        item.gemm2 ? blocks2 : blocks1, !Shape::ORDERED && !item.gemm2);
             if (item.gemm2)
                 finish_down(item);
             else
