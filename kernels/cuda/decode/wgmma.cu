@@ -51,7 +51,7 @@ constexpr int MAX_STAGES = 12;
 // slowly, for that has to wait for the others.
 constexpr uint32_t UNDER_WAY = 4, UNDER_WAY_EARLY = 2;
 constexpr int NOTES = 8; // tasks that the walker may be ahead of the last of the others
-constexpr int LEAD = 12; // blocks before the end of a task when the next one is looked for
+constexpr int LEAD = 12; // blocks before the end of an item when the next one is taken
 constexpr int MAILS = 4; // that a herald may be behind
 
 // What a herald is to tell: `slots` states of this part of slots that follow each other are `value` now, or without
@@ -61,14 +61,14 @@ struct alignas(16) mail {
     int32_t value, slots;
 };
 
-// Shared memory: barriers, notes, mails, the largest tile, the tasks whose end is near, the list of groups, and from
+// Shared memory: barriers, notes, mails, the largest tile, the blocks asked for, the list of groups, and from
 // the next multiple of 1024 on the finished tiles of both multiplying warpgroups, then the ring.
 constexpr int WEIGHTS_FULL = 0, TOKENS_FULL = WEIGHTS_FULL + MAX_STAGES * 8, EMPTY = TOKENS_FULL + MAX_STAGES * 8;
 constexpr int NOTE_FULL = EMPTY + MAX_STAGES * 8, NOTE_EMPTY = NOTE_FULL + NOTES * 8;
 constexpr int MAIL_FULL = NOTE_EMPTY + NOTES * 8, MAIL_EMPTY = MAIL_FULL + MULTIPLIERS * MAILS * 8;
 constexpr int NOTE = (MAIL_EMPTY + MULTIPLIERS * MAILS * 8 + 15) / 16 * 16;
 constexpr int MAIL = NOTE + NOTES * sizeof(moe_decode_task);
-constexpr int LARGEST = MAIL + MULTIPLIERS * MAILS * sizeof(mail), ENDING = LARGEST + 4, GROUPS = ENDING + 4;
+constexpr int LARGEST = MAIL + MULTIPLIERS * MAILS * sizeof(mail), ASKED = LARGEST + 4, GROUPS = ASKED + 4;
 
 __host__ __device__ constexpr int ring_begin(int groups)
 {
@@ -152,10 +152,10 @@ struct follower {
         return reinterpret_cast<const moe_decode_task *>(__cvta_shared_to_generic(shared + NOTE)) + note.at;
     }
 
-    // How many of the tasks, in order, have their last weights asked for, or nearly. Only counted by atomics.
-    __device__ int32_t *ending() const
+    // How many blocks of weights have been asked for, of all tasks so far. Only counted by atomics.
+    __device__ int32_t *asked() const
     {
-        return reinterpret_cast<int32_t *>(__cvta_shared_to_generic(shared + ENDING));
+        return reinterpret_cast<int32_t *>(__cvta_shared_to_generic(shared + ASKED));
     }
 
     // By whole warps. False: there is nothing left.
@@ -188,9 +188,9 @@ struct walker : follower {
             *reinterpret_cast<int32_t *>(__cvta_shared_to_generic(shared + LARGEST)) = largest;
         moe_decode_walk walk(args.decode, groups, taken);
         moe_decode_task task;
-        for (int32_t tasks = 0;; tasks++) {
+        for (int32_t told = 0;; told += task.end - task.begin) { // blocks
             walk.next(task, [&] {
-                while (first && atomicAdd(ending(), 0) < tasks)
+                while (first && atomicAdd(asked(), 0) < told - LEAD)
                     ;
                 __syncwarp();
             });
@@ -229,8 +229,6 @@ struct weight_loader : follower {
                            task.band * (moe_packed_blocks(cols) * TILE_BYTES) + (int64_t)task.begin * bytes;
 #pragma unroll 1
         for (int block = task.begin; block < task.end; block++) {
-            if (block == max(task.begin, task.end - LEAD))
-                atomicAdd(ending(), 1);
             const bool is_early = task.gemm2 && early < stages;
             early += is_early;
 #pragma unroll 1
@@ -247,6 +245,7 @@ struct weight_loader : follower {
                 moe_tensor_load_3d(weights(), &args.w2_rows, block * COLS, first, task.group, full, policy);
             else
                 moe_tensor_load_5d(weights(), &args.w13_rows, block * COLS, 0, 0, first / 16, task.group, full, policy);
+            atomicAdd(asked(), 1);
             from += bytes;
             stage.next(stages);
         }
@@ -591,7 +590,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constan
             moe_barrier_init(shared + MAIL_FULL + i * 8, WARPGROUP / 32);
             moe_barrier_init(shared + MAIL_EMPTY + i * 8, 1);
         }
-        *reinterpret_cast<int32_t *>(decode_memory + ENDING) = 0;
+        *reinterpret_cast<int32_t *>(decode_memory + ASKED) = 0;
         moe_barrier_init_done();
     }
     if (args.guess > 0 && warp == WEIGHT_LOADER && first_lane)
