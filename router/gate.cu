@@ -34,44 +34,56 @@ template <typename T> __device__ inline void multiply(float (&sum)[4], const uin
     moe_mma(sum, second, w.z, w.w, T());
 }
 
-// A tile has `tile_tokens` <= 16 MI and `tile_experts` <= 8 NI. AHEAD steps are on their way at any time.
-template <typename T, int MI, int NI, int AHEAD, int BLOCKS>
-__global__ void __launch_bounds__(SLICES * 32, BLOCKS)
-    logits_tensor(const moe_gate_args args, int tile_tokens, int tile_experts)
+// What the host works out for a launch, so that the blocks need not divide.
+struct tiling {
+    int tokens, experts; // of a tile
+    int expert_tiles;
+    uint32_t tiles; // 2^32 would have more logits than there is memory
+    int slice;      // columns
+};
+
+// A tile has tokens <= 16 MI and experts <= 8 NI. AHEAD steps are on their way at any time. HALF, with MI = 1: it has
+// at most 8 tokens, whose rows are rows 8 to 15 of the product as well.
+template <typename T, int MI, int NI, int AHEAD, int BLOCKS, bool HALF>
+__global__ void __launch_bounds__(SLICES * 32, BLOCKS) logits_tensor(const moe_gate_args args, const tiling cut)
 {
-    constexpr int PIECES = MI * NI; // m16n8
+    constexpr int PIECES = MI * NI;         // m16n8
+    constexpr int ROWS = HALF ? 1 : 2 * MI; // of x in a lane
     constexpr int ROUND = PIECES < SLICES ? PIECES : SLICES;
     static_assert(PIECES % ROUND == 0, "pieces are added up in rounds");
     __shared__ float4 parts[ROUND][SLICES][32];
     moe_grid_launch_dependents();
 
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, quad = lane % 4;
+    // The gate's rows and x come as far as L2, all of them once, by the first blocks: while whoever makes x is still at
+    // work, or at least while the instructions come from as far away.
     const int hidden = (int)args.hidden, experts = args.experts;
-    const int slice = ((hidden + STEP - 1) / STEP + SLICES - 1) / SLICES * STEP;
-    const int begin = warp * slice, end = begin + slice < hidden ? begin + slice : hidden;
-    const int expert_tiles = (experts + tile_experts - 1) / tile_experts;
-    const int64_t tiles = (args.tokens + tile_tokens - 1) / tile_tokens * expert_tiles;
-
-    // The gate's rows come as far as L2 while whoever makes x is still at work: all of them once, by the first blocks.
-    if (threadIdx.x == 0 && blockIdx.x < expert_tiles) {
-        const int e0 = blockIdx.x * tile_experts, rows = min(experts - e0, tile_experts);
-        moe_prefetch_l2((const char *)args.gate + (int64_t)e0 * hidden * sizeof(T), rows * hidden * sizeof(T));
+    if (threadIdx.x == 0) {
+        const int e0 = blockIdx.x * cut.experts;
+        if (e0 < experts)
+            moe_prefetch_l2((const char *)args.gate + (int64_t)e0 * hidden * sizeof(T),
+                            min(experts - e0, cut.experts) * hidden * sizeof(T));
+        if (blockIdx.x < args.tokens)
+            moe_prefetch_l2((const char *)args.x + (int64_t)blockIdx.x * hidden * sizeof(T), hidden * sizeof(T));
     }
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, quad = lane % 4;
+    const int begin = warp * cut.slice, end = min(begin + cut.slice, hidden);
     moe_grid_wait();
 
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const int64_t t0 = tile / expert_tiles * tile_tokens;
-        const int e0 = (int)(tile % expert_tiles) * tile_experts;
-        const int tokens_here = args.tokens - t0 < tile_tokens ? (int)(args.tokens - t0) : tile_tokens;
-        const int experts_here = experts - e0 < tile_experts ? experts - e0 : tile_experts;
+#pragma unroll 1
+    for (uint32_t tile = blockIdx.x; tile < cut.tiles; tile += gridDim.x) {
+        const uint32_t token_tile = tile / (uint32_t)cut.expert_tiles;
+        const int64_t t0 = (int64_t)token_tile * cut.tokens;
+        const int e0 = (int)(tile - token_tile * cut.expert_tiles) * cut.experts;
+        const int tokens_here = (int)min(args.tokens - t0, (int64_t)cut.tokens);
+        const int experts_here = min(experts - e0, cut.experts);
         const char *x = (const char *)args.x + t0 * hidden * sizeof(T) + quad * sizeof(uint4);
         const char *gate = (const char *)args.gate + (int64_t)e0 * hidden * sizeof(T) + quad * sizeof(uint4);
 
         // Rows past the last token or expert are that one again; their sums are not stored. hidden is at most 2^20, so
         // that a tile spans less than 4 GB.
-        uint32_t x_row[2 * MI], gate_row[NI];
+        uint32_t x_row[ROWS], gate_row[NI];
 #pragma unroll
-        for (int i = 0; i < 2 * MI; i++)
+        for (int i = 0; i < ROWS; i++)
             x_row[i] = (uint32_t)min(i * 8 + row, tokens_here - 1) * (uint32_t)(hidden * sizeof(T));
 #pragma unroll
         for (int j = 0; j < NI; j++)
@@ -80,38 +92,55 @@ __global__ void __launch_bounds__(SLICES * 32, BLOCKS)
         // Step a of a round is multiplied, then its registers take the same step of the round at `next`; `whole`: all
         // of that round is in the slice. Columns past the slice count as zero.
         float sum[MI][NI][4] = {};
-        uint4 xv[AHEAD][2 * MI], wv[AHEAD][NI];
+        uint4 xv[AHEAD][ROWS], wv[AHEAD][NI];
         const auto load = [&](int a, int next, auto whole) {
             const char *x_at = x + next * sizeof(T), *gate_at = gate + next * sizeof(T);
             const bool there = whole.value || next + a * STEP + quad * 8 < end;
 #pragma unroll
-            for (int i = 0; i < 2 * MI; i++)
+            for (int i = 0; i < ROWS; i++)
                 xv[a][i] = there ? *(const uint4 *)(x_at + x_row[i] + a * STEP * sizeof(T)) : uint4();
 #pragma unroll
             for (int j = 0; j < NI; j++)
                 wv[a][j] = there ? *(const uint4 *)(gate_at + gate_row[j] + a * STEP * sizeof(T)) : uint4();
         };
-        const auto round = [&](int next, auto whole) {
+        const auto multiply_step = [&](int a) {
 #pragma unroll
-            for (int a = 0; a < AHEAD; a++) {
+            for (int j = 0; j < NI; j++)
 #pragma unroll
-                for (int j = 0; j < NI; j++)
-#pragma unroll
-                    for (int i = 0; i < MI; i++)
-                        multiply<T>(sum[i][j], xv[a][2 * i], xv[a][2 * i + 1], wv[a][j]);
-                load(a, next, whole);
-            }
+                for (int i = 0; i < MI; i++)
+                    multiply<T>(sum[i][j], xv[a][2 * i], xv[a][HALF ? 0 : 2 * i + 1], wv[a][j]);
         };
+        if constexpr (PIECES == 1) {
+            // With so little to do it takes longest to fetch the instructions: so they are here only once.
+#pragma unroll 1
+            for (int next = begin; next < end; next += AHEAD * STEP) {
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++)
-            load(a, begin, moe_bool<false>());
-        int next = begin + AHEAD * STEP;
+                for (int a = 0; a < AHEAD; a++)
+                    load(a, next, moe_bool<false>());
+                __syncwarp(); // keeps the compiler from waiting for the first before it has asked for the last
+#pragma unroll
+                for (int a = 0; a < AHEAD; a++)
+                    multiply_step(a);
+            }
+        } else {
+            const auto round = [&](int next, auto whole) {
+#pragma unroll
+                for (int a = 0; a < AHEAD; a++) {
+                    multiply_step(a);
+                    load(a, next, whole);
+                }
+            };
+#pragma unroll
+            for (int a = 0; a < AHEAD; a++)
+                load(a, begin, moe_bool<false>());
+            int next = begin + AHEAD * STEP;
 #pragma unroll 1
-        for (; next + AHEAD * STEP <= end; next += AHEAD * STEP)
-            round(next, moe_bool<true>());
+            for (; next + AHEAD * STEP <= end; next += AHEAD * STEP)
+                round(next, moe_bool<true>());
 #pragma unroll 1
-        for (; next - AHEAD * STEP < end; next += AHEAD * STEP)
-            round(next, moe_bool<false>());
+            for (; next - AHEAD * STEP < end; next += AHEAD * STEP)
+                round(next, moe_bool<false>());
+        }
 
 #pragma unroll
         for (int first = 0; first < PIECES; first += ROUND) {
@@ -121,22 +150,20 @@ __global__ void __launch_bounds__(SLICES * 32, BLOCKS)
                 parts[p][warp][lane] = make_float4(v[0], v[1], v[2], v[3]);
             }
             __syncthreads();
-            if (warp < ROUND) { // warp w adds up piece w of the round
-                float v[4] = {};
+            // A thread adds up float i of the 128 of a piece: of lane i / 4, its number i % 4.
 #pragma unroll
-                for (int s = 0; s < SLICES; s++) {
-                    const float4 part = parts[warp][s][lane];
-                    v[0] += part.x;
-                    v[1] += part.y;
-                    v[2] += part.z;
-                    v[3] += part.w;
-                }
-                const int t = (first + warp) / NI * 16 + row, e = (first + warp) % NI * 8 + quad * 2;
-                float *logits = args.logits + (t0 + t) * experts + e0 + e;
+            for (int i0 = 0; i0 < ROUND * 128; i0 += SLICES * 32) {
+                const int p = (i0 + threadIdx.x) / 128, i = threadIdx.x % 128;
+                if (p >= ROUND)
+                    break;
+                float v = 0.0f;
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    if (t + i / 2 * 8 < tokens_here && e + i % 2 < experts_here)
-                        logits[(int64_t)(i / 2 * 8) * experts + i % 2] = moe_round_to(v[i], args.logits_dtype);
+                for (int s = 0; s < SLICES; s++)
+                    v += ((const float *)parts[p][s])[i];
+                const int t = (first + p) / NI * 16 + i % 4 / 2 * 8 + i / 16;
+                const int e = (first + p) % NI * 8 + i / 4 % 4 * 2 + i % 2;
+                if (t < tokens_here && e < experts_here)
+                    args.logits[(t0 + t) * experts + e0 + e] = moe_round_to(v, args.logits_dtype);
             }
             __syncthreads(); // parts are written again
         }
@@ -151,19 +178,21 @@ inline int64_t rows_per_sm(const struct moe_gate_args *args, int sms, int tokens
     return moe_ceil_div(tiles, sms) * (tokens + experts);
 }
 
-template <typename T, int MI, int NI, int AHEAD, int BLOCKS> struct tensor_tile {
-    static constexpr int TOKENS = 16 * MI, EXPERTS = 8 * NI;
+template <typename T, int MI, int NI, int AHEAD, int BLOCKS, bool HALF = false> struct tensor_tile {
+    enum { TOKENS = HALF ? 8 : 16 * MI, EXPERTS = 8 * NI };
 
     static void launch(const struct moe_gate_args *args, const struct moe_gpu *gpu, int tokens, int experts)
     {
         const int64_t tiles = moe_ceil_div(args->tokens, tokens) * moe_ceil_div(args->experts, experts);
         const unsigned grid = moe_grid(tiles, gpu->max_sms, gpu->sms, BLOCKS);
-        moe_launch(logits_tensor<T, MI, NI, AHEAD, BLOCKS>, grid, SLICES * 32, 0, gpu->stream, gpu->dependent, *args,
-                   tokens, experts);
+        const int64_t slice = moe_ceil_div(moe_ceil_div(args->hidden, STEP), SLICES) * STEP;
+        const tiling cut = {tokens, experts, (int)moe_ceil_div(args->experts, experts), (uint32_t)tiles, (int)slice};
+        moe_launch(logits_tensor<T, MI, NI, AHEAD, BLOCKS, HALF>, grid, SLICES * 32, 0, gpu->stream, gpu->dependent,
+                   *args, cut);
     }
 };
 
-// All but the smallest tile, which can be cut down. 16 loads or more in flight a thread, as far as registers go.
+// All but the smallest tiles, which can be cut down. 16 loads or more in flight a thread, as far as registers go.
 template <typename T, typename F> void for_each_tile(F f)
 {
     f(tensor_tile<T, 4, 8, 1, 1>());
@@ -198,7 +227,10 @@ template <typename T> void launch_tensor(const struct moe_gate_args *args, const
         for (int e = smallest::EXPERTS; e > 0; e /= 2)
             consider(t, e);
 
-    if (tokens <= smallest::TOKENS)
+    typedef tensor_tile<T, 1, 1, 8, 2, true> half;
+    if (tokens <= half::TOKENS)
+        half::launch(args, gpu, tokens, experts);
+    else if (tokens <= smallest::TOKENS)
         smallest::launch(args, gpu, tokens, experts);
     else
         for_each_tile<T>([&](auto tile) {
@@ -307,7 +339,8 @@ template <int PER> __global__ void __launch_bounds__(TOPK_WARPS * 32) topk_kerne
     const int warp = threadIdx.x / 32;
     const int64_t warps = (int64_t)gridDim.x * TOPK_WARPS;
     for (int64_t t = (int64_t)blockIdx.x * TOPK_WARPS + warp; t < args.tokens; t += warps)
-        moe_topk_token<PER>(args, t, chosen[warp]);
+        moe_topk_token<PER, MOE_MAX_TOP_K / 32, 4>(args, args.logits + t * args.experts, args.ids + t * args.top_k,
+                                                   args.weights + t * args.top_k, false, chosen[warp], [](int) {});
 }
 
 } // namespace

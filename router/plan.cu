@@ -3,7 +3,7 @@
 // each block. The blocks first count their ranges; then each adds up the counts of the blocks before it, which says
 // where its rows of each group begin, and places its pairs. Few pairs do both in one launch, by one block or by a
 // cluster of blocks, which read each other's counts in shared memory; many need two launches, between which the counts
-// lie in the scratch. The ids of very few tokens are chosen by the same launch as well.
+// lie in the scratch. Very few tokens get a kernel that chooses their ids as well, and sorts them by simpler means.
 //
 // A block places a tile of pairs at a time, one pair a thread: a warp ranks its 32 pairs among themselves, a sum over
 // the warps before it ranks the warp. So a tile costs a few hundred cycles of latency, whatever the routing.
@@ -34,48 +34,44 @@ constexpr int64_t WHOLE_PAIRS = 4 * THREADS;
 // around: that takes about as long as the instructions of four tokens, instead of one, on each scheduler.
 constexpr int64_t ALONE_TOKENS = 16;
 
-// Experts are chosen here for up to so many tokens a block, 256 in a cluster. With more, what a block's schedulers
-// have to issue takes longer than another launch, which spreads the tokens over all SMs. And up to so many experts, for
-// which a lane has registers. The block is small enough to be there while the kernel of the logits still runs.
+// Experts are chosen here for up to so many tokens a block, 256 in a cluster: a bit each in a word. With more, what a
+// block's schedulers have to issue takes longer than another launch, which spreads the tokens over all SMs. A thread
+// has one (token, slot) pair at most, and one expert. The block is small enough to be there while the kernel of the
+// logits still runs.
 constexpr int64_t CHOOSING_TOKENS = 32;
-constexpr int CHOOSING_EXPERTS = 512;
 constexpr int CHOOSING_THREADS = 512;
-static_assert(CHOOSING_EXPERTS <= PER_THREAD * CHOOSING_THREADS, "a thread has room for its groups");
+constexpr int CHOOSING_EXPERTS = CHOOSING_THREADS;
+constexpr int CHOOSING_TOP_K = 32;
+static_assert(ALONE_TOKENS * CHOOSING_TOP_K <= CHOOSING_THREADS, "one block has threads for its pairs");
 
 // Of the two launches: as many blocks as there are SMs, about, since each reads the counts of all.
 constexpr int MAX_BLOCKS = 128;
 
-// Dynamic shared memory: (id, weight) of the pairs whose ids are chosen here, int32 [2][groups], then uint16
-// [ranking warps][groups], all within the 48 KB that need no leave. With very many groups not all warps have counters;
-// the others then take no pairs.
+// Dynamic shared memory: int32 [2][groups], then uint16 [ranking warps][groups], all within the 48 KB that need no
+// leave. With very many groups not all warps have counters; the others then take no pairs.
 constexpr int SHARED_BYTES = 46 * 1024;
 constexpr int GROUP_BYTES = 2 * sizeof(int32_t);
 static_assert(SHARED_BYTES >= MOE_MAX_EXPERTS * (GROUP_BYTES + 2), "a warp's counters must fit");
-static_assert(SHARED_BYTES >=
-                  CHOOSING_TOKENS * MOE_MAX_TOP_K * (int)sizeof(int2) + CHOOSING_EXPERTS * (GROUP_BYTES + 2),
-              "a warp's counters must fit");
 
 struct layout {
     int threads, ranking; // ranking warps
     size_t bytes;         // of shared memory
 };
 
-// Of a block with `range` pairs, so many of them `chosen` by itself, and work for so many threads, of which it may have
-// up to `most`.
-inline layout lay_out(int groups, int64_t range, int64_t chosen, int64_t work, int most)
+// Of a block with `range` pairs and work for so many threads.
+inline layout lay_out(int groups, int64_t range, int64_t work)
 {
     const int64_t wanted = std::max({work, range, (int64_t)groups, (int64_t)128});
-    const int warps = (int)(std::min(wanted, (int64_t)most) + 31) / 32;
-    const int64_t fixed = chosen * (int64_t)sizeof(int2) + (int64_t)groups * GROUP_BYTES;
+    const int warps = (int)(std::min(wanted, (int64_t)THREADS) + 31) / 32;
+    const int64_t fixed = (int64_t)groups * GROUP_BYTES;
     const int64_t fit = (SHARED_BYTES - fixed) / (groups * 2), useful = std::max(moe_ceil_div(range, 32), (int64_t)1);
     const int ranking = (int)std::min({fit, useful, (int64_t)warps});
     return {warps * 32, ranking, (size_t)(fixed + moe_ceil_div((int64_t)ranking * groups, 2) * 4)};
 }
 
-// The pairs of a block, [begin, end): of ids and weights in memory, or CHOSEN by the block itself a moment ago.
-template <bool CHOSEN> struct block_pairs {
+// The pairs of a block, [begin, end).
+struct block_pairs {
     const moe_plan_args &args;
-    const int2 *chosen; // [end - begin] ids and bits of weights
     int64_t begin, end;
 
     // The group of pair i; -1: none.
@@ -83,9 +79,7 @@ template <bool CHOSEN> struct block_pairs {
     {
         if (i >= end)
             return -1;
-        const int64_t id = CHOSEN                      ? chosen[i - begin].x
-                           : args.ids_dtype == MOE_I64 ? ((const int64_t *)args.ids)[i]
-                                                       : ((const int32_t *)args.ids)[i];
+        const int64_t id = args.ids_dtype == MOE_I64 ? ((const int64_t *)args.ids)[i] : ((const int32_t *)args.ids)[i];
         if (id < 0 || id >= args.experts)
             return -1;
         return args.expert_group ? args.expert_group[id] : (int)id;
@@ -93,29 +87,30 @@ template <bool CHOSEN> struct block_pairs {
 
     __device__ float weight(int64_t i) const
     {
-        return i >= end ? 0.0f : CHOSEN ? __int_as_float(chosen[i - begin].y) : args.weights[i];
+        return i >= end ? 0.0f : args.weights[i];
     }
 };
 
-template <bool CHOSEN>
-__device__ inline block_pairs<CHOSEN> pairs_of_block(const moe_plan_args &args, int64_t range, const int2 *chosen)
+__device__ inline block_pairs pairs_of_block(const moe_plan_args &args, int64_t range)
 {
     const int64_t all = args.tokens * args.slots, begin = min(blockIdx.x * range, all);
-    return {args, chosen, begin, min(begin + range, all)};
+    return {args, begin, min(begin + range, all)};
 }
 
 // The memory of the step that comes next, spread over the grid. The last threads of a block go first: they have the
-// least to do otherwise.
-__device__ inline void set_zeroed(const moe_plan_args &args)
+// least to do otherwise. Not `really`: nothing is written.
+__device__ inline void set_zeroed(const moe_plan_args &args, bool really)
 {
-    const int64_t all = (int64_t)(args.zeroed_bytes / sizeof(uint4));
-    for (int64_t i = (blockIdx.x + 1) * blockDim.x - 1 - threadIdx.x; i < all; i += gridDim.x * blockDim.x)
-        ((uint4 *)args.zeroed)[i] = uint4();
+    const uint4 *const end = (const uint4 *)((const char *)args.zeroed + (really ? args.zeroed_bytes : 0));
+#pragma unroll 1
+    for (uint4 *p = (uint4 *)args.zeroed + (blockIdx.x + 1) * blockDim.x - 1 - threadIdx.x; p < end;
+         p += gridDim.x * blockDim.x)
+        *p = uint4();
 }
 
 // Pairs counted into counts[groups] in shared memory, by the whole block. Which thread adds first has no influence on a
 // sum of integers.
-template <bool CHOSEN> __device__ void count_pairs(const block_pairs<CHOSEN> &pairs, int32_t *counts)
+__device__ inline void count_pairs(const block_pairs &pairs, int32_t *counts)
 {
     constexpr int AHEAD = 4;
     const int threads = blockDim.x;
@@ -257,9 +252,7 @@ __device__ inline void place_pair(const moe_plan_args &args, int64_t i, uint32_t
 }
 
 // Places the pairs of a block, tile by tile. next[i]: where the next row of this thread's i-th group goes.
-template <bool CHOSEN>
-__device__ void place_tiles(const block_pairs<CHOSEN> &pairs, const tile_counters &counters,
-                            int32_t (&next)[PER_THREAD])
+__device__ inline void place_tiles(const block_pairs &pairs, const tile_counters &counters, int32_t (&next)[PER_THREAD])
 {
     const int tile = counters.ranking * 32;
     const auto group = [&](int64_t i) { return threadIdx.x < tile ? pairs.group(i) : -1; };
@@ -289,34 +282,23 @@ __device__ void place_tiles(const block_pairs<CHOSEN> &pairs, const tile_counter
 
 // ---- One launch ----
 
-// The grid is one block, or one cluster. PER > 0: each block first chooses the experts of its own tokens, of which
-// `range` is a multiple then, with that many experts a lane.
-template <int PER>
-__global__ void __launch_bounds__(THREADS, 1)
-    plan_whole(const moe_gate_args gate, const moe_plan_args args, int64_t range, int ranking)
+// The grid is one block, or one cluster.
+__global__ void __launch_bounds__(THREADS, 1) plan_whole(const moe_plan_args args, int64_t range, int ranking)
 {
-    constexpr bool CHOSEN = PER > 0;
     extern __shared__ int2 shared[];
     moe_grid_launch_dependents();
-    int2 *const chosen = shared;
-    int32_t *const own = (int32_t *)(shared + (CHOSEN ? range : 0)); // this block's counts
+    int32_t *const own = (int32_t *)shared; // this block's counts
     const int groups = args.groups;
     const tile_counters counters = {groups, ranking, own + groups, (uint16_t *)(own + 2 * groups)};
-    const block_pairs<CHOSEN> pairs = pairs_of_block<CHOSEN>(args, range, chosen);
+    const block_pairs pairs = pairs_of_block(args, range);
     const bool one_tile = range <= ranking * 32;
     const int64_t i = pairs.begin + threadIdx.x;
-    const uint32_t slots = args.slots, token = (uint32_t)i / slots;
-    const uint32_t first_token = (uint32_t)pairs.begin / slots, last_token = (uint32_t)pairs.end / slots;
+    const uint32_t token = (uint32_t)i / (uint32_t)args.slots;
     if (one_tile)
         counters.clear();
     __syncthreads();
     moe_grid_wait();
-    set_zeroed(args);
-    if constexpr (CHOSEN) {
-        for (uint32_t t = first_token + threadIdx.x / 32; t < last_token; t += blockDim.x / 32)
-            moe_topk_token<PER>(gate, t, chosen + (t - first_token) * slots);
-        __syncthreads();
-    }
+    set_zeroed(args, true);
 
     int g = -1, rank = 0;
     float weight = 0.0f;
@@ -367,14 +349,6 @@ __global__ void __launch_bounds__(THREADS, 1)
         moe_cluster_wait(); // its counts stay until all have
 }
 
-template <int PER>
-void launch_whole(const moe_gate_args &gate, const moe_plan_args &args, unsigned blocks, int64_t range,
-                  const layout &shared, const moe_gpu &gpu)
-{
-    moe_launch_cluster(plan_whole<PER>, blocks, blocks, shared.threads, shared.bytes, gpu.stream, gpu.dependent, gate,
-                       args, range, shared.ranking);
-}
-
 // How many blocks can work on one launch. A cluster needs its SMs at the same time, and near each other: if other
 // kernels hold more than half of them, it might wait for these.
 inline int most_blocks(const moe_gpu &gpu)
@@ -389,6 +363,172 @@ inline int64_t zeroing_threads(const moe_plan_args &args, int blocks)
     return (int64_t)(args.zeroed_bytes / sizeof(uint4)) / (4 * blocks);
 }
 
+// ---- One launch that chooses the ids first ----
+//
+// A token's ids differ and each of them gets a row: so a word for each expert, with a bit for each of the block's
+// tokens that have chosen it, tells the expert's count and the order of its rows.
+//
+// It takes longer to fetch these instructions than to run them: the last time was one layer and some hundred MB of
+// weights ago. So each block goes through them twice. The first time is a rehearsal, with logits of 0 and without
+// touching any memory that others see, while the kernel of the logits is still at work.
+
+// What a block has in shared memory.
+struct choice {
+    int2 *pairs;       // [tokens][top_k]: ids and bits of weights
+    uint32_t *chosen;  // [experts]: by which of its tokens
+    int32_t *first;    // [experts]: the row of the first of those
+    int32_t *received; // [CLUSTER][experts], in a cluster: the counts of all blocks
+
+    __device__ choice(int2 *shared, int n, int experts)
+        : pairs(shared), chosen((uint32_t *)(shared + n)), first((int32_t *)chosen + experts), received(first + experts)
+    {
+    }
+};
+
+constexpr size_t choice_bytes(int pairs, int experts, int blocks)
+{
+    return pairs * sizeof(int2) + (size_t)(blocks > 1 ? 2 + CLUSTER : 2) * experts * sizeof(int32_t);
+}
+static_assert(choice_bytes(CHOOSING_THREADS, CHOOSING_EXPERTS, CLUSTER) <= SHARED_BYTES, "a block's share must fit");
+
+// Whether kernels start before the one ahead has finished.
+__device__ constexpr bool starts_early()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    return true;
+#else
+    return false;
+#endif
+}
+
+// Initialises both barriers for a phase each, which ends when cluster_store() has brought `bytes`. The other blocks may
+// use them after a cluster_arrive() of this thread.
+__device__ inline void cluster_expect(uint64_t (&barriers)[2], uint32_t bytes)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    for (uint64_t &barrier : barriers)
+        moe_barrier_init(moe_shared(&barrier), 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (uint64_t &barrier : barriers)
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(moe_shared(&barrier)), "r"(bytes)
+                     : "memory");
+#endif
+}
+
+// moe_cluster_arrive(), without what it does for other memory than such barriers.
+__device__ inline void cluster_arrive()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
+// Stores v to p of the cluster's block of this number, where the barrier then has 4 bytes more; both are addresses in
+// this block's shared memory.
+__device__ inline void cluster_store(int32_t *p, uint32_t block, int32_t v, uint64_t *barrier)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    uint32_t there, barrier_there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(moe_shared(p)), "r"(block));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier_there) : "r"(moe_shared(barrier)), "r"(block));
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there), "r"(v),
+                 "r"(barrier_there)
+                 : "memory");
+#endif
+}
+
+// The grid is one block, or one cluster; each takes `tokens` tokens, PER experts a lane.
+template <int PER>
+__global__ void __launch_bounds__(CHOOSING_THREADS)
+    plan_chosen(const moe_gate_args gate, const moe_plan_args args, int tokens)
+{
+    extern __shared__ int2 shared[];
+    __shared__ int32_t warp_sums[WARPS];
+    __shared__ uint64_t barriers[2];
+    moe_grid_launch_dependents();
+    const int thread = threadIdx.x, block = blockIdx.x, experts = gate.experts, top_k = gate.top_k;
+    const bool cluster = gridDim.x > 1, has_expert = thread < experts;
+    const choice own = {shared, tokens * top_k, experts};
+
+    // This block's tokens, and this thread's pair of them.
+    const int token0 = block * tokens, here = min((int)gate.tokens - token0, tokens);
+    const uint32_t token = (uint32_t)thread / (uint32_t)top_k, slot = thread - token * top_k;
+    const bool has_pair = (int)token < here;
+    if (cluster) {
+        if (thread == 0)
+            cluster_expect(barriers, CLUSTER * experts * sizeof(int32_t));
+        cluster_arrive();
+    }
+
+    // In the rehearsal a block of a cluster sends all to itself.
+    bool rehearsal = starts_early();
+#pragma unroll 1
+    for (;;) {
+        if (has_expert)
+            own.chosen[thread] = 0;
+        __syncthreads();
+        if (!rehearsal) {
+            if (cluster)
+                moe_cluster_wait(); // all of its blocks have started
+            moe_grid_wait();
+        }
+        set_zeroed(args, !rehearsal);
+
+#pragma unroll 1
+        for (int t = thread / 32; t < here; t += blockDim.x / 32) {
+            const int64_t all = token0 + t;
+            moe_topk_token<PER, 1, 1>(gate, gate.logits + all * experts, gate.ids + all * top_k,
+                                      gate.weights + all * top_k, rehearsal, own.pairs + t * top_k,
+                                      [&](int id) { atomicOr(&own.chosen[id], 1u << t); });
+        }
+        __syncthreads();
+
+        int2 pair = {};
+        int rank = 0;
+        if (has_pair) {
+            pair = own.pairs[thread];
+            rank = __popc(own.chosen[pair.x] & ((1u << token) - 1));
+        }
+        int32_t count = has_expert ? __popc(own.chosen[thread]) : 0, before = 0, sum;
+        if (cluster && has_expert) {
+            uint64_t *const barrier = barriers + rehearsal;
+#pragma unroll
+            for (int b = 0; b < CLUSTER; b++)
+                cluster_store(own.received + block * experts + thread, rehearsal ? block : b, count, barrier);
+            moe_barrier_wait(moe_shared(barrier), 0);
+            count = 0;
+#pragma unroll
+            for (int b = 0; b < CLUSTER; b++) {
+                const int32_t theirs = own.received[b * experts + thread];
+                count += theirs;
+                before += b < block ? theirs : 0;
+            }
+        }
+        const int32_t offset = scan_block(count, warp_sums, sum);
+        if (has_expert)
+            own.first[thread] = offset + before;
+        if (block == 0 && !rehearsal) {
+            if (has_expert) {
+                args.plan.counts[thread] = count;
+                args.plan.offsets[thread] = offset;
+            }
+            if (thread == 0)
+                args.plan.offsets[experts] = sum;
+        }
+        __syncthreads();
+        const int32_t row = own.first[pair.x] + rank;
+        if (has_pair && !rehearsal) {
+            args.plan.slot_row[token0 * top_k + thread] = row;
+            args.plan.row_token[row] = token0 + token;
+            args.plan.row_slot[row] = slot;
+            args.plan.row_weight[row] = __int_as_float(pair.y);
+        }
+        if (!rehearsal)
+            break;
+        rehearsal = false;
+    }
+}
+
 // ---- Two launches ----
 
 // Scratch [block][groups]: each block's counts.
@@ -398,8 +538,8 @@ __global__ void __launch_bounds__(THREADS, 1) plan_count(const moe_plan_args arg
     int32_t *const counts = (int32_t *)shared;
     moe_grid_launch_dependents();
     moe_grid_wait();
-    set_zeroed(args);
-    count_pairs(pairs_of_block<false>(args, range, NULL), counts);
+    set_zeroed(args, true);
+    count_pairs(pairs_of_block(args, range), counts);
     for (int g = threadIdx.x; g < args.groups; g += blockDim.x)
         ((int32_t *)args.scratch)[(int64_t)blockIdx.x * args.groups + g] = counts[g];
 }
@@ -434,7 +574,7 @@ __global__ void __launch_bounds__(THREADS, 1) plan_place(const moe_plan_args arg
     int32_t next[PER_THREAD] = {};
     begin_rows(
         args, [&](int g, int32_t &count, int32_t &before) { add_counts(args, g, count, before); }, next);
-    place_tiles(pairs_of_block<false>(args, range, NULL), counters, next);
+    place_tiles(pairs_of_block(args, range), counters, next);
 }
 
 } // namespace
@@ -446,8 +586,9 @@ moe_status moe_plan_cuda(const struct moe_plan_args *args, const struct moe_gpu 
     const int blocks = pairs <= THREADS ? 1 : most_blocks(*gpu);
     if (pairs <= blocks * WHOLE_PAIRS) {
         const int64_t range = moe_ceil_div(pairs, blocks);
-        const layout shared = lay_out(args->groups, range, 0, zeroing_threads(*args, blocks), THREADS);
-        launch_whole<0>(moe_gate_args(), *args, blocks, range, shared, *gpu);
+        const layout shared = lay_out(args->groups, range, zeroing_threads(*args, blocks));
+        moe_launch_cluster(plan_whole, blocks, blocks, shared.threads, shared.bytes, gpu->stream, gpu->dependent, *args,
+                           range, shared.ranking);
         return moe_launched(NULL, "plan_whole");
     }
 
@@ -456,7 +597,7 @@ moe_status moe_plan_cuda(const struct moe_plan_args *args, const struct moe_gpu 
     const int64_t most = gpu->max_sms > 0 && gpu->max_sms < MAX_BLOCKS ? gpu->max_sms : MAX_BLOCKS;
     const int64_t range = MOE_PLAN_BLOCK * moe_ceil_div(parts, most);
     const unsigned grid = (unsigned)moe_ceil_div(pairs, range);
-    const layout shared = lay_out(args->groups, range, 0, THREADS, THREADS);
+    const layout shared = lay_out(args->groups, range, THREADS);
     moe_launch(plan_count, grid, THREADS, args->groups * sizeof(int32_t), gpu->stream, gpu->dependent, *args, range);
     const moe_status status = moe_launched(NULL, "plan_count");
     if (status != MOE_OK)
@@ -469,15 +610,18 @@ moe_status moe_topk_plan_cuda(const struct moe_gate_args *gate, const struct moe
                               const struct moe_gpu *gpu)
 {
     const int blocks = gate->tokens <= ALONE_TOKENS ? 1 : most_blocks(*gpu);
-    if (gate->tokens == 0 || gate->tokens > blocks * CHOOSING_TOKENS || gate->experts > CHOOSING_EXPERTS ||
-        args->groups > CHOOSING_EXPERTS) {
+    const int64_t tokens = moe_ceil_div(gate->tokens, blocks), pairs = tokens * gate->top_k;
+    if (tokens == 0 || tokens > CHOOSING_TOKENS || pairs > CHOOSING_THREADS || gate->top_k > CHOOSING_TOP_K ||
+        gate->experts > CHOOSING_EXPERTS || args->expert_group != NULL) {
         const moe_status status = moe_topk_cuda(gate, gpu);
         return status == MOE_OK ? moe_plan_cuda(args, gpu) : status;
     }
-    const int64_t tokens = moe_ceil_div(gate->tokens, blocks), range = tokens * args->slots;
-    const int64_t work = std::max(32 * tokens, zeroing_threads(*args, blocks));
-    const layout shared = lay_out(args->groups, range, range, work, CHOOSING_THREADS);
-    moe_with_experts_a_lane<CHOOSING_EXPERTS / 32>(
-        gate->experts, [&](auto per) { launch_whole<per.value>(*gate, *args, blocks, range, shared, *gpu); });
-    return moe_launched(NULL, "plan_whole");
+    const int64_t work = std::max({32 * tokens, pairs, zeroing_threads(*args, blocks), (int64_t)128});
+    const int threads = std::max((int)std::min(work, (int64_t)CHOOSING_THREADS), gate->experts);
+    moe_with_experts_a_lane<CHOOSING_EXPERTS / 32>(gate->experts, [&](auto per) {
+        moe_launch_cluster(plan_chosen<per.value>, blocks, blocks, (threads + 31) / 32 * 32,
+                           choice_bytes((int)pairs, gate->experts, blocks), gpu->stream, gpu->dependent, *gate, *args,
+                           (int)tokens);
+    });
+    return moe_launched(NULL, "plan_chosen");
 }

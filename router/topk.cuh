@@ -25,17 +25,17 @@ template <int LAST, int PER = 1, typename F> void moe_with_experts_a_lane(int32_
     f(std::integral_constant<int, PER>());
 }
 
+// Without branches, of which a lane would take one for each of its experts.
 static __device__ inline uint32_t moe_key_of_logit(float logit)
 {
-    if (isnan(logit))
-        return 0xffffffffu;
-    const uint32_t bits = logit == 0.0f ? 0u : __float_as_uint(logit);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    const uint32_t bits = __float_as_uint(logit + 0.0f); // of -0: those of 0
+    const uint32_t key = bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
+    return isnan(logit) ? 0xffffffffu : key;
 }
 
 static __device__ inline float moe_logit_of_key(uint32_t key)
 {
-    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+    return __uint_as_float(key ^ (~(uint32_t)((int32_t)key >> 31) | 0x80000000u));
 }
 
 template <int PER> static __device__ inline uint32_t moe_largest_key(const uint32_t (&key)[PER])
@@ -47,31 +47,39 @@ template <int PER> static __device__ inline uint32_t moe_largest_key(const uint3
     return best;
 }
 
-// Ids and weights of token t go to where args say, and as (id, bits of the weight) to chosen[top_k] in shared memory,
-// which is complete when the function returns.
-template <int PER> static __device__ inline void moe_topk_token(const moe_gate_args &args, int64_t t, int2 *chosen)
+// The logits of a token -> its top_k <= 32 KEPT ids and weights, and the same as (id, bits of the weight) in
+// chosen[top_k] in shared memory, which is complete when the function returns. taken(id) is called once for each id, by
+// some lane. `rehearsed`: the logits count as 0, and nothing is read or written but `chosen`. The loop over top_k
+// is unrolled UNROLL times.
+template <int PER, int KEPT, int UNROLL, typename F>
+static __device__ inline void moe_topk_token(const moe_gate_args &args, const float *logits, int32_t *ids,
+                                             float *weights, bool rehearsed, int2 *chosen, F taken)
 {
     constexpr unsigned ALL_LANES = 0xffffffffu;
-    constexpr int VEC = PER < 4 ? PER : 4, KEPT = MOE_MAX_TOP_K / 32;
+    constexpr int VEC = PER < 4 ? PER : 4;
     const int lane = threadIdx.x % 32, first = lane * PER, here = args.experts - first, top_k = args.top_k;
-    const float *logits = args.logits + t * args.experts + first;
 
-    uint32_t key[PER];
+    float logit[PER] = {};
+    const int loaded = rehearsed ? 0 : here;
     const auto load = [&](auto aligned) {
 #pragma unroll
-        for (int j = 0; j < PER; j += VEC) {
-            float v[VEC] = {};
-            if (j < here)
-                moe_load<aligned.value>(logits + j, here - j, v);
+        for (int j = 0; j < PER; j += VEC)
+            if (j < loaded) {
+                float v[VEC];
+                moe_load<aligned.value>(logits + first + j, loaded - j, v);
 #pragma unroll
-            for (int i = 0; i < VEC; i++)
-                key[j + i] = j + i < here ? moe_key_of_logit(v[i]) : 0;
-        }
+                for (int i = 0; i < VEC; i++)
+                    logit[j + i] = v[i];
+            }
     };
     if (args.experts % VEC == 0 && (uintptr_t)args.logits % (VEC * sizeof(float)) == 0)
         load(moe_bool<true>());
     else
         load(moe_bool<false>());
+    uint32_t key[PER];
+#pragma unroll
+    for (int j = 0; j < PER; j++)
+        key[j] = j < here ? moe_key_of_logit(logit[j]) : 0;
 
     uint32_t best = moe_largest_key(key), winner = __reduce_max_sync(ALL_LANES, best);
     const float largest = moe_logit_of_key(winner);
@@ -87,19 +95,20 @@ template <int PER> static __device__ inline void moe_topk_token(const moe_gate_a
 
     // Round k finds the k-th largest; the first lane that has it writes it down and looks for its next best.
     const unsigned self = 1u << lane, up_to_self = self | (self - 1);
+    int2 *to = chosen;
+#pragma unroll UNROLL
     for (int k = 0; k < top_k; k++) {
         const bool mine = (__ballot_sync(ALL_LANES, best == winner) & up_to_self) == self;
-        bool look = mine;
         int at = 0;
 #pragma unroll
+        for (int j = PER - 1; j >= 0; j--)
+            at = key[j] == winner ? j : at;
+#pragma unroll
         for (int j = 0; j < PER; j++)
-            if (look && key[j] == winner) {
-                key[j] = 0;
-                at = j;
-                look = false;
-            }
+            key[j] = mine && j == at ? 0 : key[j];
         if (mine)
-            chosen[k] = make_int2(first + at, (int)winner);
+            *to = make_int2(first + at, (int)winner);
+        to++;
         best = moe_largest_key(key);
         winner = __reduce_max_sync(ALL_LANES, best);
     }
@@ -110,9 +119,11 @@ template <int PER> static __device__ inline void moe_topk_token(const moe_gate_a
 #pragma unroll
     for (int i = 0; i < KEPT; i++) {
         const int k = i * 32 + lane;
-        const int2 taken = k < top_k ? chosen[k] : int2();
-        id[i] = taken.x;
-        weight[i] = k < top_k ? expf(moe_logit_of_key((uint32_t)taken.y) - largest) : 0.0f;
+        const int2 pair = k < top_k ? chosen[k] : int2();
+        id[i] = pair.x;
+        weight[i] = k < top_k ? expf(moe_logit_of_key((uint32_t)pair.y) - largest) : 0.0f;
+        if (k < top_k)
+            taken(id[i]);
         if (args.renormalize)
             sum += weight[i];
     }
@@ -123,9 +134,11 @@ template <int PER> static __device__ inline void moe_topk_token(const moe_gate_a
         const int k = i * 32 + lane;
         if (k < top_k) {
             const float rounded = moe_round_to(weight[i] / sum, args.topk_weight_dtype);
-            args.ids[t * top_k + k] = id[i];
-            args.weights[t * top_k + k] = rounded;
             chosen[k].y = __float_as_int(rounded);
+            if (!rehearsed) {
+                ids[k] = id[i];
+                weights[k] = rounded;
+            }
         }
     }
     __syncwarp();

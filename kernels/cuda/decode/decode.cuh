@@ -69,9 +69,9 @@ static __device__ inline int32_t moe_decode_groups(const moe_decode_args &args, 
     const int lane = threadIdx.x % 32, most = 1 << args.most_log2;
     int32_t before = 0, largest = 0;
 #pragma unroll 1
-    for (int g0 = 0; g0 <= args.groups; g0 += 32 * EACH) {
+    for (int g0 = 0; g0 < args.groups; g0 += 32 * EACH) {
         const int g = g0 + lane * EACH;
-        int32_t offset[EACH + 1], own[EACH], sum = 0;
+        int32_t offset[EACH + 1], own[EACH + 1], sum = 0;
 #pragma unroll
         for (int i = 0; i <= EACH; i++)
             offset[i] = args.offsets[min(g + i, args.groups)];
@@ -82,6 +82,7 @@ static __device__ inline int32_t moe_decode_groups(const moe_decode_args &args, 
             own[i] = sum;
             sum += (rows + most - 1) >> args.most_log2;
         }
+        own[EACH] = sum;
         int32_t inclusive = sum;
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
@@ -90,9 +91,10 @@ static __device__ inline int32_t moe_decode_groups(const moe_decode_args &args, 
                 inclusive += v;
         }
         const int32_t first = before + inclusive - sum;
+        // The last lane also writes where the next one would begin, which may be the list's end.
 #pragma unroll
-        for (int i = 0; i < EACH; i++)
-            if (g + i <= args.groups)
+        for (int i = 0; i <= EACH; i++)
+            if (g + i <= args.groups && (i < EACH || lane == 31))
                 list[g + i] = {first + own[i], offset[i]};
         before += __shfl_sync(ALL_LANES, inclusive, 31);
     }
@@ -129,10 +131,9 @@ struct moe_decode_walk {
     __device__ int group_of(int32_t band, int32_t bands) const
     {
         const int lane = threadIdx.x % 32;
-        int g = 0, step = 1;
-        while (step * 32 < args.groups)
-            step *= 32;
-        for (; step > 0; step /= 32) {
+        static_assert(MOE_MAX_EXPERTS <= 32 * 1024, "three steps find any group");
+        int g = 0;
+        for (int step = args.groups > 1024 ? 1024 : args.groups > 32 ? 32 : 1; step > 0; step /= 32) {
             const int at = g + lane * step;
             const bool before = at < args.groups && list[at].tile * bands <= band;
             g += (__popc(__ballot_sync(0xffffffffu, before)) - 1) * step;

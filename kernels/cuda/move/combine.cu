@@ -21,11 +21,13 @@ template <typename T> constexpr int vec = 16 / sizeof(T);
 
 // A strip is PARTS parts of 32 lanes * vec columns; SLOTS slots are loaded at once. Not ALIGNED: element by element.
 // `planned`: slot_row and row_weight may be read at once (kernels.h), and each warp waits before it reads down. Those
-// without a strip do not wait; the grid still ends after the kernel ahead, for the warp of the first strip does.
+// without a strip do not wait; the grid still ends after the kernel ahead, for the warp of the first strip does. While
+// there is time a warp also adds up a round of slots that are not there: its instructions, which nobody has run lately,
+// are in the SM's caches then.
 template <typename From, typename To, int SLOTS, int PARTS, bool ALIGNED>
 __global__ void __launch_bounds__(MAX_THREADS)
     combine_kernel(const From *down, const int32_t *slot_row, const float *row_weight, int64_t tokens, int slots,
-                   int64_t hidden, To *output, bool planned)
+                   int hidden, To *output, bool planned)
 {
     constexpr int VEC = vec<From>, STRIP = PARTS * 32 * VEC;
     moe_grid_launch_dependents();
@@ -33,33 +35,42 @@ __global__ void __launch_bounds__(MAX_THREADS)
     if (waited)
         moe_grid_wait();
 
+    // No output has as many as 2^32 strips.
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    const int64_t strips = (hidden + STRIP - 1) / STRIP, step = (int64_t)gridDim.x * warps;
-    for (int64_t i = (int64_t)blockIdx.x * warps + threadIdx.x / 32; i < tokens * strips; i += step) {
-        const int64_t t = i / strips, h = i % strips * STRIP + lane * VEC;
+    const int64_t row_bytes = hidden * (int)sizeof(From);
+    const uint32_t strips = (hidden + STRIP - 1) / STRIP, all = (uint32_t)tokens * strips;
+#pragma unroll 1
+    for (uint32_t i = blockIdx.x * warps + threadIdx.x / 32; i < all; i += gridDim.x * warps) {
+        const uint32_t t = i / strips;
+        const int h = (i - t * strips) * STRIP + lane * VEC;
+        const char *strip = (const char *)(down + h);
         float sum[PARTS][VEC] = {};
-        for (int s0 = 0; s0 < slots; s0 += SLOTS) {
-            const int own = lane < SLOTS && s0 + lane < slots ? __ldcg(slot_row + t * slots + s0 + lane) : -1;
-            const float own_weight = own >= 0 ? __ldcg(row_weight + own) : 0.0f;
-            const unsigned used = __ballot_sync(ALL_LANES, own >= 0);
-            if (!waited) {
+#pragma unroll 1
+        for (int s0 = waited ? 0 : -SLOTS; s0 < slots; s0 += SLOTS) {
+            const bool there = lane < SLOTS && (uint32_t)(s0 + lane) < (uint32_t)slots;
+            const int own = there ? __ldcg(slot_row + (int64_t)t * slots + s0 + lane) : -1;
+            // What is added where there is no row, -0 times 0, changes no bit of a sum.
+            const float own_weight = own >= 0 ? __ldcg(row_weight + own) : -0.0f;
+            int row[SLOTS];
+#pragma unroll
+            for (int s = 0; s < SLOTS; s++)
+                row[s] = __shfl_sync(ALL_LANES, own, s);
+            if (!waited && s0 >= 0) {
                 moe_grid_wait();
                 waited = true;
             }
             uint4 loaded[SLOTS][PARTS];
-            const From *row[SLOTS];
 #pragma unroll
-            for (int s = 0; s < SLOTS; s++) {
-                row[s] = down + __shfl_sync(ALL_LANES, own, s) * hidden + h;
+            for (int s = 0; s < SLOTS; s++)
 #pragma unroll
                 for (int p = 0; p < PARTS; p++)
-                    if (ALIGNED && (used >> s & 1) && h + p * 32 * VEC < hidden)
-                        loaded[s][p] = *(const uint4 *)(row[s] + p * 32 * VEC);
-            }
+                    loaded[s][p] = ALIGNED && row[s] >= 0 && h + p * 32 * VEC < hidden
+                                       ? *(const uint4 *)(strip + row[s] * row_bytes + p * 32 * sizeof(uint4))
+                                       : uint4();
 #pragma unroll
             for (int s = 0; s < SLOTS; s++) {
                 const float weight = __shfl_sync(ALL_LANES, own_weight, s);
-                if ((used >> s & 1) == 0)
+                if (row[s] < 0 && s0 >= 0)
                     continue;
 #pragma unroll
                 for (int p = 0; p < PARTS; p++) {
@@ -67,18 +78,21 @@ __global__ void __launch_bounds__(MAX_THREADS)
                     if constexpr (ALIGNED)
                         moe_load<true>((const From *)&loaded[s][p], VEC, v);
                     else
-                        moe_load<false>(row[s] + p * 32 * VEC, hidden - h - p * 32 * VEC, v);
+                        moe_load<false>((const From *)(strip + row[s] * row_bytes) + p * 32 * VEC,
+                                        row[s] >= 0 ? hidden - h - p * 32 * VEC : 0, v);
 #pragma unroll
                     for (int j = 0; j < VEC; j++)
                         sum[p][j] = fmaf(weight, v[j], sum[p][j]);
                 }
             }
-        }
+            // The last round; in the loop, so that the first comes by here as well.
+            if (s0 >= 0 && s0 >= slots - SLOTS)
 #pragma unroll
-        for (int p = 0; p < PARTS; p++) {
-            const int64_t at = h + p * 32 * VEC;
-            if (at < hidden)
-                moe_store<ALIGNED>(output + t * hidden + at, hidden - at, sum[p]);
+                for (int p = 0; p < PARTS; p++) {
+                    const int at = h + p * 32 * VEC;
+                    if (at < hidden)
+                        moe_store<ALIGNED>(output + (int64_t)t * hidden + at, hidden - at, sum[p]);
+                }
         }
     }
 }
@@ -94,7 +108,7 @@ void launch(const struct moe_call *call, bool planned)
     const int64_t blocks = moe_ceil_div(call->tokens * strips, threads / 32);
     moe_launch(combine_kernel<From, To, SLOTS, PARTS, ALIGNED>, moe_grid(blocks, call->max_sms, call->exec->sms, 256),
                threads, 0, call->stream, call->exec->compute_capability == 90, (const From *)call->down, plan->slot_row,
-               plan->row_weight, call->tokens, call->slots, call->hidden, (To *)call->output, planned);
+               plan->row_weight, call->tokens, call->slots, (int)call->hidden, (To *)call->output, planned);
 }
 
 moe_status combine(const struct moe_call *call, bool planned)
