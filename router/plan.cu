@@ -391,52 +391,6 @@ constexpr size_t choice_bytes(int pairs, int experts, int blocks)
 }
 static_assert(choice_bytes(CHOOSING_THREADS, CHOOSING_EXPERTS, CLUSTER) <= SHARED_BYTES, "a block's share must fit");
 
-// Whether kernels start before the one ahead has finished.
-__device__ constexpr bool starts_early()
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    return true;
-#else
-    return false;
-#endif
-}
-
-// Initialises both barriers for a phase each, which ends when cluster_store() has brought `bytes`. The other blocks may
-// use them after a cluster_arrive() of this thread.
-__device__ inline void cluster_expect(uint64_t (&barriers)[2], uint32_t bytes)
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    for (uint64_t &barrier : barriers)
-        moe_barrier_init(moe_shared(&barrier), 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    for (uint64_t &barrier : barriers)
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(moe_shared(&barrier)), "r"(bytes)
-                     : "memory");
-#endif
-}
-
-// moe_cluster_arrive(), without what it does for other memory than such barriers.
-__device__ inline void cluster_arrive()
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-#endif
-}
-
-// Stores v to p of the cluster's block of this number, where the barrier then has 4 bytes more; both are addresses in
-// this block's shared memory.
-__device__ inline void cluster_store(int32_t *p, uint32_t block, int32_t v, uint64_t *barrier)
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    uint32_t there, barrier_there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(moe_shared(p)), "r"(block));
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier_there) : "r"(moe_shared(barrier)), "r"(block));
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there), "r"(v),
-                 "r"(barrier_there)
-                 : "memory");
-#endif
-}
-
 // The grid is one block, or one cluster; each takes `tokens` tokens, PER experts a lane.
 template <int PER>
 __global__ void __launch_bounds__(CHOOSING_THREADS)
@@ -456,12 +410,12 @@ __global__ void __launch_bounds__(CHOOSING_THREADS)
     const bool has_pair = (int)token < here;
     if (cluster) {
         if (thread == 0)
-            cluster_expect(barriers, CLUSTER * experts * sizeof(int32_t));
-        cluster_arrive();
+            moe_cluster_expect(barriers, CLUSTER * experts * sizeof(int32_t));
+        moe_cluster_arrive_relaxed();
     }
 
     // In the rehearsal a block of a cluster sends all to itself.
-    bool rehearsal = starts_early();
+    bool rehearsal = moe_starts_early();
 #pragma unroll 1
     for (;;) {
         if (has_expert)
@@ -494,7 +448,7 @@ __global__ void __launch_bounds__(CHOOSING_THREADS)
             uint64_t *const barrier = barriers + rehearsal;
 #pragma unroll
             for (int b = 0; b < CLUSTER; b++)
-                cluster_store(own.received + block * experts + thread, rehearsal ? block : b, count, barrier);
+                moe_cluster_store(own.received + block * experts + thread, rehearsal ? block : b, count, barrier);
             moe_barrier_wait(moe_shared(barrier), 0);
             count = 0;
 #pragma unroll

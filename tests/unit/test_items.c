@@ -9,6 +9,7 @@
 
 #include <cmocka.h>
 
+#include "kernels/cuda/common/tiles.h"
 #include "kernels/cuda/prefill/items.h"
 
 /* The table as the kernel makes it. Of entries that stand for several groups the last one may stand for fewer. */
@@ -69,7 +70,7 @@ static void check_items(const int32_t *offsets, int32_t groups, int32_t nmax, in
     const int32_t count = moe_items_count(&items), tiles = table[items.entries];
     const size_t bands = (size_t)(bands1 + bands2);
     assert_int_equal(count, tiles * (int32_t)bands);
-    assert_true(tiles <= moe_items_max_tiles(offsets[groups], groups, nmax));
+    assert_true(tiles <= moe_max_tiles(offsets[groups], groups, nmax));
 
     struct tile *known = calloc((size_t)tiles + 1, sizeof *known);
     bool *seen = calloc((size_t)count + 1, sizeof *seen);

@@ -12,6 +12,19 @@
 
 // ---- Barriers (those of ptx.cuh), as copies and blocks of this kind use them ----
 
+// A place in a ring of stages or notes, and the parity of the phase in which its barriers are used.
+struct moe_ring_place {
+    uint32_t at = 0, parity = 0;
+
+    __device__ __forceinline__ void next(uint32_t size)
+    {
+        if (++at == size) {
+            at = 0;
+            parity ^= 1;
+        }
+    }
+};
+
 // After the inits, before the block's __syncthreads: makes them visible to copies and to the other threads.
 static __device__ inline void moe_barrier_init_done()
 {

@@ -18,6 +18,16 @@ static __device__ inline void moe_grid_wait()
 #endif
 }
 
+// Whether kernels start before the one ahead has finished.
+static __device__ constexpr bool moe_starts_early()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    return true;
+#else
+    return false;
+#endif
+}
+
 // Lets the next kernel in the stream start as soon as all blocks of this one have come here or ended. It only moves the
 // start forward: what the next one may touch is up to its own moe_grid_wait().
 static __device__ inline void moe_grid_launch_dependents()
@@ -163,6 +173,42 @@ static __device__ inline int32_t moe_cluster_load(const int32_t *p, uint32_t blo
 #else
     (void)block;
     return *p;
+#endif
+}
+
+// Initialises both barriers for a phase each, which ends when moe_cluster_store() has brought `bytes`. The other blocks
+// may use them after a moe_cluster_arrive_relaxed() of this thread.
+static __device__ inline void moe_cluster_expect(uint64_t (&barriers)[2], uint32_t bytes)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    for (uint64_t &barrier : barriers)
+        moe_barrier_init(moe_shared(&barrier), 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (uint64_t &barrier : barriers)
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(moe_shared(&barrier)), "r"(bytes)
+                     : "memory");
+#endif
+}
+
+// moe_cluster_arrive(), without what it does for other memory than such barriers.
+static __device__ inline void moe_cluster_arrive_relaxed()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
+// Stores v to p of the cluster's block of this number, where the barrier then has 4 bytes more; both are addresses in
+// this block's shared memory.
+static __device__ inline void moe_cluster_store(int32_t *p, uint32_t block, int32_t v, uint64_t *barrier)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    uint32_t there, barrier_there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(moe_shared(p)), "r"(block));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier_there) : "r"(moe_shared(barrier)), "r"(block));
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there), "r"(v),
+                 "r"(barrier_there)
+                 : "memory");
 #endif
 }
 

@@ -2,6 +2,7 @@
 // The decode path's FFN: which of its kernels runs, and where things lie in its scratch memory. Configuration 1 is that
 // of compute capability 9.0, configuration 2 that of mma.sync.
 #include "kernels/cuda/common/launch.cuh"
+#include "kernels/cuda/common/tiles.h"
 #include "kernels/cuda/decode/decode.cuh"
 #include "kernels/cuda/decode/mma.cuh"
 #include "kernels/cuda/decode/wgmma.cuh"
@@ -15,12 +16,6 @@ enum { WGMMA = 1, MMA };
 size_t aligned(uint64_t bytes)
 {
     return (bytes + 255) / 256 * 256;
-}
-
-// More tiles than this many rows can make there never are.
-int64_t max_tiles(int64_t rows, int32_t groups, int32_t most)
-{
-    return rows > 0 ? rows / most + (groups < rows ? groups : rows) : 0;
 }
 
 } // namespace
@@ -52,7 +47,7 @@ void moe_decode_prepare(const struct moe_call *call, moe_decode_args *args, size
     };
     args->taken = (int32_t *)take(sizeof(int32_t));
     args->slot_state = (int32_t *)take((uint64_t)args->workers * MOE_SLOT_PARTS * sizeof(int32_t));
-    args->finished = (int32_t *)take(max_tiles(rows, args->groups, 1 << args->most_log2) * sizeof(int32_t));
+    args->finished = (int32_t *)take(moe_max_tiles(rows, args->groups, 1 << args->most_log2) * sizeof(int32_t));
     *zeroed = used;
     args->sums = (float *)take(((uint64_t)args->workers * MOE_PACKED_ROWS << args->most_log2) * sizeof(float));
     *bytes = used;
@@ -106,7 +101,7 @@ moe_status moe_ffn_decode(const struct moe_call *call)
     moe_decode_prepare(call, &args, &bytes, &zeroed);
 
     // Rows are found by their number times the chunks of 16 bytes in a row; items are counted in 32 bits.
-    const int64_t tiles = max_tiles(call->tokens * call->slots, args.groups, 1 << args.most_log2);
+    const int64_t tiles = moe_max_tiles(call->tokens * call->slots, args.groups, 1 << args.most_log2);
     const int64_t bands =
         moe_ceil_div(2 * call->intermediate, MOE_PACKED_ROWS) + moe_ceil_div(call->hidden, MOE_PACKED_ROWS);
     const int64_t longest = call->hidden > call->intermediate ? call->hidden : call->intermediate;

@@ -82,24 +82,11 @@ static_assert((227 * 1024 - SPARE_BYTES - ring_begin(MOE_MAX_EXPERTS) - MULTIPLI
                   UNDER_WAY,
               "with fewer stages a barrier could be a round ahead of who looks back at it");
 
-// A place in a ring, and the parity of the round in which it is used.
-struct ring_place {
-    uint32_t at = 0, parity = 0;
-
-    __device__ void next(uint32_t size)
-    {
-        if (++at == size) {
-            at = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 // One of the block's threads or warps on its way through notes and stages.
 struct follower {
     const wgmma_args &args;
     const uint32_t shared; // the block's memory
-    ring_place stage, note;
+    moe_ring_place stage, note;
     uint32_t stages = 0, stage_bytes;
     uint32_t ring;  // the first stage
     uint32_t piece; // a finished tile's bytes, one to a multiplying warpgroup, right before the ring
@@ -211,7 +198,7 @@ struct walker : follower {
 
 struct weight_loader : follower {
     using follower::follower;
-    ring_place oldest;      // of the stages whose weights are under way
+    moe_ring_place oldest;  // of the stages whose weights are under way
     uint32_t under_way = 0; // how many these are
     uint32_t early = 0;     // stages filled for GEMM 2, up to the whole ring
     const uint64_t policy = moe_policy_once();
@@ -323,7 +310,7 @@ struct token_loader : follower {
 struct mailbox {
     const uint32_t shared;
     const int half; // which of the two
-    ring_place place;
+    moe_ring_place place;
 
     __device__ uint32_t full() const
     {

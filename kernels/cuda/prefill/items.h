@@ -52,12 +52,6 @@ static inline struct moe_items moe_items_make(int32_t groups, int32_t nmax, int3
     return items;
 }
 
-/* The most tiles that `rows` rows in `groups` groups can make. */
-static inline int64_t moe_items_max_tiles(int64_t rows, int32_t groups, int32_t nmax)
-{
-    return rows / nmax + (groups < rows ? groups : rows);
-}
-
 /* As few as can be. */
 static MOE_HOST_DEVICE inline int32_t moe_items_tiles(int32_t count, int32_t nmax)
 {

@@ -6,6 +6,7 @@
 // nothing stops the whole block, so while one warp stores, the others multiply, and the next tile's operands are on
 // their way.
 #include "kernels/cuda/common/launch.cuh"
+#include "kernels/cuda/common/tiles.h"
 #include "kernels/cuda/common/walk.cuh"
 #include "kernels/cuda/prefill/mma.cuh"
 #include "kernels/cuda/prefill/mma_tile.cuh"
@@ -330,7 +331,7 @@ template <class Shape, bool GATED> __global__ void __launch_bounds__(Shape::THRE
 template <class Shape, bool GATED> moe_status launch(const struct moe_call *call, const gemm &g, const char *name)
 {
     const int64_t pairs = call->tokens * call->slots;
-    const int64_t row_tiles = pairs / Shape::TOKENS + (g.groups < pairs ? g.groups : pairs); // the most there can be
+    const int64_t row_tiles = moe_max_tiles(pairs, g.groups, Shape::TOKENS);
     const int64_t columns = moe_ceil_div(g.n, GATED ? Shape::WEIGHTS / 2 : Shape::WEIGHTS);
     const unsigned grid = moe_grid(row_tiles * columns, call->max_sms, call->exec->sms, 1);
 

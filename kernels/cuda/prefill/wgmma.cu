@@ -3,6 +3,7 @@
 #include "kernels/cuda/prefill/wgmma.cuh"
 
 #include "kernels/cuda/common/launch.cuh"
+#include "kernels/cuda/common/tiles.h"
 #include "kernels/cuda/common/weight_map.h"
 #include "kernels/cuda/prefill/tensor_map.h"
 #include "kernels/cuda/prefill/wgmma_kernel.cuh"
@@ -69,7 +70,7 @@ moe_items items_of(const struct moe_call *call, const choice &chosen)
 
 int64_t max_tiles(const struct moe_call *call, const choice &chosen)
 {
-    return moe_items_max_tiles(call->tokens * call->slots, call->plan.groups, chosen.nmax);
+    return moe_max_tiles(call->tokens * call->slots, call->plan.groups, chosen.nmax);
 }
 
 // ---- Tensor maps ----

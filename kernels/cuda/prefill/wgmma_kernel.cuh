@@ -87,22 +87,10 @@ template <int NMAX_, int STAGES_, bool ORDERED_> struct ffn_shape {
     static_assert(BYTES <= 227 * 1024, "a block of compute capability 9.0 has no more shared memory");
 };
 
-// A place in a ring of N, and the parity of the phase in which it is used.
-template <int N> struct ring_place {
-    uint32_t at = 0, parity = 0;
-    __device__ void next()
-    {
-        if (++at == N) {
-            at = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 // Where both kinds of warpgroups read what is next.
 template <class Shape> struct item_reader {
     const uint32_t shared;
-    ring_place<SLOTS> slot;
+    moe_ring_place slot;
 
     // False: there is nothing left. Each thread says for itself that it has read the slot.
     __device__ __forceinline__ bool next(moe_item &item)
@@ -110,7 +98,7 @@ template <class Shape> struct item_reader {
         moe_barrier_wait(shared + Shape::SLOT_FULL + slot.at * 8, slot.parity);
         item = static_cast<const moe_item *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[slot.at];
         moe_barrier_arrive(shared + Shape::SLOT_EMPTY + slot.at * 8);
-        slot.next();
+        slot.next(SLOTS);
         return item.rows > 0;
     }
 };
@@ -171,7 +159,7 @@ struct weight_source {
 template <typename T, class Shape> struct ffn_loader {
     const ffn_args &args;
     const uint32_t shared;
-    ring_place<Shape::STAGES> stage;
+    moe_ring_place stage;
 
     __device__ uint32_t full() const
     {
@@ -204,7 +192,7 @@ template <typename T, class Shape> struct ffn_loader {
             if (threadIdx.x == 0)
                 moe_barrier_arrive(full());
             moe_barrier_arrive(full());
-            stage.next();
+            stage.next(Shape::STAGES);
         }
     }
 
@@ -238,7 +226,7 @@ template <typename T, class Shape> struct ffn_loader {
             moe_barrier_arrive_cp_async(full());
             from += ROW_BYTES;
             left -= COLS;
-            stage.next();
+            stage.next(Shape::STAGES);
         }
     }
 
@@ -272,7 +260,7 @@ template <typename T, class Shape> struct ffn_loader {
                     moe_tensor_load_2d(to, by_16, block * COLS, row, full());
             }
             moe_barrier_arrive(full());
-            stage.next();
+            stage.next(Shape::STAGES);
         }
     }
 
@@ -315,7 +303,7 @@ template <typename T, class Shape> struct ffn_multiplier {
     const ffn_args &args;
     const uint32_t shared;
     const int half, thread; // which warpgroup of the two, and which thread in it
-    ring_place<Shape::STAGES> stage;
+    moe_ring_place stage;
     int borrowed = -1;  // the stage that the last tile is leaving from
     int unsettled = -1; // the tile of a GEMM 1 item whose results may not be in memory yet
     float d[M_BLOCKS][Shape::NMAX / 2];
@@ -387,7 +375,7 @@ template <typename T, class Shape> struct ffn_multiplier {
             }
             moe_wgmma_wait();
             release(stage.at);
-            stage.next();
+            stage.next(Shape::STAGES);
         }
         if (unsettled >= 0)
             settle();
@@ -423,7 +411,7 @@ template <typename T, class Shape> struct ffn_multiplier {
             } else {
                 release(stage.at);
             }
-            stage.next();
+            stage.next(Shape::STAGES);
         }
         return place;
     }

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "kernels/cuda/common/launch.cuh"
+#include "kernels/cuda/common/tiles.h"
 #include "kernels/cuda/common/walk.cuh"
 #include "kernels/cuda/simple/tile.cuh"
 #include "kernels/kernels.h"
@@ -158,7 +159,7 @@ template <class Tile, bool ALIGNED, bool GATED>
 moe_status launch(const struct moe_call *call, const gemm &g, const char *name)
 {
     const int64_t pairs = call->tokens * call->slots;
-    const int64_t row_tiles = pairs / Tile::BM + (g.groups < pairs ? g.groups : pairs); // the most there can be
+    const int64_t row_tiles = moe_max_tiles(pairs, g.groups, Tile::BM);
     const int64_t column_tiles = moe_ceil_div(g.n, GATED ? Tile::BN / 2 : Tile::BN);
     const unsigned grid = moe_grid(row_tiles * column_tiles, call->max_sms, call->exec->sms, Tile::BLOCKS);
     const int shared = Tile::STAGES * (Tile::BM + Tile::BN) * ROW_BYTES;
