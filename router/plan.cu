@@ -11,6 +11,7 @@
 
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/ptx.cuh"
+#include "kernels/cuda/common/scan.cuh"
 #include "router/router.h"
 #include "router/topk.cuh"
 
@@ -130,17 +131,12 @@ __device__ inline void count_pairs(const block_pairs &pairs, int32_t *counts)
     __syncthreads();
 }
 
-// Exclusive scan of one number a thread; `sum` becomes the sum of all. Each call in a kernel has its own warp_sums.
+// Exclusive scan of one number a thread; `sum` becomes the sum of all. warp_sums is in use until the block's next
+// barrier.
 __device__ inline int32_t scan_block(int32_t own, int32_t (&warp_sums)[WARPS], int32_t &sum)
 {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int32_t inclusive = own;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        const int32_t lower = __shfl_up_sync(ALL_LANES, inclusive, d);
-        if (lane >= d)
-            inclusive += lower;
-    }
+    const int32_t inclusive = moe_scan_warp(own);
     if (lane == 31)
         warp_sums[warp] = inclusive;
     __syncthreads();

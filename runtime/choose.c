@@ -87,9 +87,9 @@ moe_status moe_path_available(const moe_context *ctx, moe_path path, const moe_l
     return status == MOE_ERROR_INVALID_ARGUMENT ? moe_context_report((moe_context *)ctx, status, &why) : status;
 }
 
-/* Up to how many tokens `auto` takes decode, as rows of an expert on average. With uniform routing prefill is as fast
- * on compute capability 9.0 from about one row on (2 % faster at most, on an H200), but where few experts get all the
- * tokens it has too few items for all SMs, and decode takes up to 30 % less time. Elsewhere, not measured, decode
+/* Up to how many tokens `auto` takes decode, as rows of an expert on average. With uniform routing both take the same
+ * time on compute capability 9.0 from one row to 64, within 2 % (on an H200), but where few experts get all the tokens
+ * prefill has too few items for all SMs, and decode takes up to 30 % less time. Elsewhere, not measured, decode
  * multiplies small tiles where prefill pads them. `moe tune` knows better than both. */
 static int64_t decode_most(const moe_layer *layer)
 {

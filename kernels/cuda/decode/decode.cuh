@@ -9,6 +9,7 @@
 #ifndef MOE_KERNELS_CUDA_DECODE_DECODE_CUH
 #define MOE_KERNELS_CUDA_DECODE_DECODE_CUH
 
+#include "kernels/cuda/common/scan.cuh"
 #include "kernels/cuda/decode/work.h"
 #include "kernels/kernels.h"
 
@@ -83,13 +84,7 @@ static __device__ inline int32_t moe_decode_groups(const moe_decode_args &args, 
             sum += (rows + most - 1) >> args.most_log2;
         }
         own[EACH] = sum;
-        int32_t inclusive = sum;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            const int32_t v = __shfl_up_sync(ALL_LANES, inclusive, d);
-            if (lane >= d)
-                inclusive += v;
-        }
+        const int32_t inclusive = moe_scan_warp(sum);
         const int32_t first = before + inclusive - sum;
         // The last lane also writes where the next one would begin, which may be the list's end.
 #pragma unroll

@@ -33,6 +33,7 @@
 #include "kernels/cuda/common/guess.cuh"
 #include "kernels/cuda/common/hopper.cuh"
 #include "kernels/cuda/common/ptx.cuh"
+#include "kernels/cuda/common/scan.cuh"
 #include "kernels/cuda/prefill/items.h"
 
 namespace
@@ -529,19 +530,12 @@ template <typename T, class Shape> struct ffn_multiplier {
 // the one that asks for items.
 __device__ __forceinline__ void make_table(const moe_items &items, int32_t *first_tile, int32_t *sums)
 {
-    constexpr unsigned ALL_LANES = 0xffffffffu;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int32_t before = 0;
     for (int i = 0; i < items.entries; i += FFN_THREADS) {
         const int entry = i + threadIdx.x;
         const int32_t own = entry < items.entries ? moe_items_entry_tiles(&items, entry) : 0;
-        int32_t sum = own;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            const int32_t v = __shfl_up_sync(ALL_LANES, sum, d);
-            if (lane >= d)
-                sum += v;
-        }
+        int32_t sum = moe_scan_warp(own);
         if (lane == 31)
             sums[warp] = sum;
         __syncthreads();
