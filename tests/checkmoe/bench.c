@@ -28,7 +28,8 @@ static bool bench_path(struct checker *checker, const struct test_case *c, struc
     const double work = 6.0 * (double)(c->tokens * c->slots) * (double)c->hidden * (double)c->intermediate;
     void *workspace = NULL;
     int runs = 0, steps = 0;
-    bool fine = moe_buffer_alloc(checker->ctx, moe_workspace_carve(call, path, NULL), &workspace) == MOE_OK;
+    const size_t bytes = moe_workspace_carve(call, path, NULL);
+    bool fine = check_call(checker, moe_buffer_alloc(checker->ctx, bytes, &workspace), "workspace");
 
     moe_workspace_carve(call, path, workspace);
     call->gate.x = call->x;
@@ -39,8 +40,8 @@ static bool bench_path(struct checker *checker, const struct test_case *c, struc
 
         steps = 0;
         for (const struct moe_step *step = path->steps; fine && step->run != NULL; step++, steps++) {
-            fine = check_call(checker, step->run(call), step->name) &&
-                   check_call(checker, moe_synchronize(checker->ctx, NULL), step->name);
+            fine =
+                call_step(checker, step, call) && check_call(checker, moe_synchronize(checker->ctx, NULL), step->name);
             times[steps][runs] = seconds_now() - last;
             last = seconds_now();
         }
@@ -84,6 +85,7 @@ int bench(struct checker *checker, const char *shape, moe_dtype dtype)
         return 2;
     }
     c.slots = c.top_k;
+    checker->op = "bench";
     case_fill(&c);
     const size_t size = moe_dtype_size(dtype), matrix = (size_t)(c.experts * c.hidden * c.intermediate) * size;
     const size_t batch = (size_t)(c.tokens * c.hidden) * size;
@@ -106,6 +108,7 @@ int bench(struct checker *checker, const char *shape, moe_dtype dtype)
         for (int layout = MOE_LAYOUT_ROW_MAJOR; fine && layout < LAYOUTS; layout++)
             for (int32_t config = 0; fine && config <= count_configs((moe_path)p); config++) {
                 struct moe_call call;
+                struct moe_error error = {{0}};
 
                 if (!wants_path(checker, (moe_path)p) ||
                     !wants_layout(checker, (moe_path)p, &desc, (moe_layout)layout) ||
@@ -122,6 +125,7 @@ int bench(struct checker *checker, const char *shape, moe_dtype dtype)
                 call.output = arena_device(arena, output);
                 call.max_sms = checker->max_sms > 0 ? checker->max_sms : 0;
                 call.config = config;
+                call.error = &error;
                 fine = bench_path(checker, &c, &call, moe_path_info_get((moe_path)p));
             }
     moe_layer_destroy(layers[MOE_LAYOUT_PACKED]);

@@ -57,27 +57,26 @@ double budget_ulp(double value, moe_dtype dtype)
     return ldexp(1, exponent - budgets[dtype].fraction_bits);
 }
 
-double row_error(const void *got, moe_dtype dtype, int64_t first, const double *expected, const double *typical,
-                 int64_t count, bool any_f16, int64_t *column)
+double row_error(const struct result_row *row, int64_t *column)
 {
     double difference = 0, norm = 0, floor = 0, worst = -1;
 
-    for (int64_t i = 0; i < count; i++) {
-        double error = fabs(moe_load_f32(got, dtype, first + i) - expected[i]);
+    for (int64_t i = 0; i < row->count; i++) {
+        double error = fabs(moe_load_f32(row->got, row->dtype, row->first + i) - row->expected[i]);
 
         if (!(error <= worst)) { /* also if error is NaN */
             worst = isnan(error) ? INFINITY : error;
             *column = i;
         }
         difference += error * error;
-        norm += expected[i] * expected[i];
-        floor += typical[i] * typical[i];
+        norm += row->expected[i] * row->expected[i];
+        floor += row->typical[i] * row->typical[i];
     }
     if (isnan(difference))
         return INFINITY;
-    floor = sqrt(floor) * (count < 16 ? 1 : 0.5);
-    if (any_f16)
-        floor = fmax(floor, sqrt((double)count) * 0x1p-14);
+    floor = sqrt(floor) * (row->count < 16 ? 1 : 0.5);
+    if (row->any_f16)
+        floor = fmax(floor, sqrt((double)row->count) * 0x1p-14);
     norm = fmax(sqrt(norm), floor);
     return difference == 0 ? 0 : sqrt(difference) / norm;
 }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the checks of whole calls and of single steps share: how a failure is told, the checks of guard bands, of
- * logits, of top-k and of the other layout, and the bugs that --break plants into an output. */
+/* What the checks of whole calls and of single steps share: how a failure is told, the checks of a row's error, of
+ * guard bands, of logits, of top-k and of the other layout, and the bugs that --break plants into an output. */
 #include <inttypes.h>
 #include <math.h>
 #include <stdarg.h>
@@ -83,10 +83,23 @@ void check_fail(struct checker *checker, const char *format, ...)
     printf("\n");
 }
 
-void check_used(struct checker *checker, double share)
+bool check_row(struct checker *checker, const struct result_row *row, double budget, const char *format, ...)
 {
-    if (share > check_totals(checker)->worst)
-        check_totals(checker)->worst = share;
+    struct totals *totals = check_totals(checker);
+    int64_t column = 0;
+    const double error = row_error(row, &column);
+    char name[256];
+    va_list args;
+
+    totals->worst = fmax(totals->worst, error / budget);
+    if (error <= budget)
+        return true;
+    va_start(args, format);
+    vsnprintf(name, sizeof name, format, args);
+    va_end(args);
+    check_fail(checker, "%s: column %" PRId64 " is %.9g, expected %.9g; error of the row %.3g, budget %.3g", name,
+               column, moe_load_f32(row->got, row->dtype, row->first + column), row->expected[column], error, budget);
+    return false;
 }
 
 bool check_call(struct checker *checker, moe_status status, const char *what)
@@ -97,6 +110,16 @@ bool check_call(struct checker *checker, moe_status status, const char *what)
         return true;
     moe_last_error(checker->ctx, text, sizeof text);
     check_fail(checker, "%s: %s (%s)", what, moe_status_string(status), text);
+    return false;
+}
+
+bool call_step(struct checker *checker, const struct moe_step *step, const struct moe_call *call)
+{
+    const moe_status status = step->run(call);
+
+    if (status == MOE_OK)
+        return true;
+    check_fail(checker, "step %s: %s (%s)", step->name, moe_status_string(status), call->error->text);
     return false;
 }
 

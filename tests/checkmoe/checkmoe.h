@@ -119,12 +119,19 @@ double budget_operation(moe_dtype result);
 /* Of gate and up: the cuBLAS paths keep them in the layer's dtype, all others in fp32 up to the activation. */
 bool budget_rounds_inside(moe_path path);
 double budget_ulp(double value, moe_dtype dtype);
-/*
- * ||got - expected|| / max(||expected||, floor) over one row of `count` elements of `dtype` at element `first`;
- * infinite where got is no number or expected is zero and got is not. *column: where they differ most.
- */
-double row_error(const void *got, moe_dtype dtype, int64_t first, const double *expected, const double *typical,
-                 int64_t count, bool any_f16, int64_t *column);
+
+/* A row of a result: `count` elements of `dtype` in `got`, from element `first` on; `expected` and `typical` begin with
+ * the row. any_f16: of what it was made from, something is f16. */
+struct result_row {
+    const void *got;
+    moe_dtype dtype;
+    int64_t first, count;
+    const double *expected, *typical;
+    bool any_f16;
+};
+/* ||got - expected|| / max(||expected||, floor); infinite where got is no number or expected is zero and got is not.
+ * *column: where they differ most. */
+double row_error(const struct result_row *row, int64_t *column);
 
 /* ---- Memory ---- */
 
@@ -237,7 +244,9 @@ void print_totals(const struct checker *checker);
 void check_fail(struct checker *checker, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* Guard bands, and regions of which `may_write` (bit = region) is not set, against the image before the run. */
 bool check_arena(struct checker *checker, uint64_t may_write);
-void check_used(struct checker *checker, double share);
+/* A row's error against its budget, of which the share used is counted. The text names the row. */
+bool check_row(struct checker *checker, const struct result_row *row, double budget, const char *format, ...)
+    __attribute__((format(printf, 4, 5)));
 
 /* On the path, the layout and the configuration at work. */
 void check_layer(struct checker *checker, const struct test_case *c, struct expert_rows *rows);
@@ -248,7 +257,10 @@ void check_layouts(struct checker *checker, int region);
 bool check_topk(struct checker *checker, const float *logits, const int32_t *ids, const float *weights);
 /* Each logit against fp64. */
 bool check_logits(struct checker *checker, const float *logits);
+/* What a call of the public interface returned; the text of a failure is the context's. */
 bool check_call(struct checker *checker, moe_status status, const char *what);
+/* Runs a step; the text of a failure is in *call->error, which must be there. */
+bool call_step(struct checker *checker, const struct moe_step *step, const struct moe_call *call);
 /* Plants the output bug asked for, if it fits. `run` counts the repeats. */
 void plant_output(struct checker *checker, int region, const struct test_case *c, int run);
 

@@ -104,16 +104,15 @@ static void check_samples(struct checker *checker, const struct test_case *c, co
     const double budget = budget_layer(checker->path, c, c->io_dtype);
 
     for (int i = 0; i < SAMPLES; i++) {
-        int64_t token = sample(c, i), column = 0;
-        double error = row_error(output, c->io_dtype, token * c->hidden, expected + i * c->hidden,
-                                 typical + i * c->hidden, c->hidden, false, &column);
+        const int64_t token = sample(c, i);
+        const struct result_row row = {.got = output,
+                                       .dtype = c->io_dtype,
+                                       .first = token * c->hidden,
+                                       .count = c->hidden,
+                                       .expected = expected + i * c->hidden,
+                                       .typical = typical + i * c->hidden};
 
-        check_used(checker, error / budget);
-        if (!(error <= budget))
-            check_fail(checker,
-                       "output[token %" PRId64 "][column %" PRId64 "] is %.9g, expected %.9g; error of the row %.3g",
-                       token, column, moe_load_f32(output, c->io_dtype, token * c->hidden + column),
-                       expected[i * c->hidden + column], error);
+        check_row(checker, &row, budget, "output[token %" PRId64 "]", token);
     }
 }
 

@@ -156,12 +156,9 @@ static void check_output(struct checker *checker, const struct test_case *c, con
 {
     const int64_t hidden = c->hidden;
     const double budget = budget_layer(checker->path, c, c->io_dtype);
-    const bool any_f16 = c->dtype == MOE_F16 || c->io_dtype == MOE_F16;
     double *expected = must_alloc((size_t)hidden * 2 * sizeof(double)), *typical = expected + hidden;
 
     for (int64_t t = 0; t < c->tokens; t++) {
-        int64_t column = 0;
-
         memset(expected, 0, (size_t)hidden * 2 * sizeof(double));
         for (int32_t s = 0; s < rows->slots; s++) {
             const int64_t pair = t * rows->slots + s;
@@ -175,17 +172,16 @@ static void check_output(struct checker *checker, const struct test_case *c, con
         for (int64_t h = 0; h < hidden; h++)
             typical[h] = sqrt(typical[h]);
 
-        double error = row_error(output, c->io_dtype, t * hidden, expected, typical, hidden, any_f16, &column);
-        check_used(checker, error / budget);
-        if (!(error <= budget)) {
-            check_fail(checker,
-                       "output[token %" PRId64 "][column %" PRId64
-                       "] is %.9g, expected %.9g (first slot: expert %d, weight "
-                       "%g); error of the row %.3g, budget %.3g",
-                       t, column, moe_load_f32(output, c->io_dtype, t * hidden + column), expected[column],
-                       rows->expert[t * rows->slots], weights[t * rows->slots], error, budget);
+        const struct result_row row = {.got = output,
+                                       .dtype = c->io_dtype,
+                                       .first = t * hidden,
+                                       .count = hidden,
+                                       .expected = expected,
+                                       .typical = typical,
+                                       .any_f16 = c->dtype == MOE_F16 || c->io_dtype == MOE_F16};
+        if (!check_row(checker, &row, budget, "output[token %" PRId64 "] (first slot: expert %d, weight %g)", t,
+                       rows->expert[t * rows->slots], weights[t * rows->slots]))
             break;
-        }
     }
     free(expected);
 }

@@ -280,21 +280,18 @@ static void check_rows(struct checker *checker, const struct test_case *c, const
                                      (stages & MOE_STAGE_GEMM1 ? row_token[first + r] : first + r) * from.width + i);
             rows64(c, e, stages, count, in, out, typical, work);
             for (int r = 0; r < count; r++) {
-                int64_t column = 0;
-                double error = row_error(result, to.dtype, (first + r) * to.width, out + r * to.width,
-                                         typical + r * to.width, to.width, any_f16, &column);
+                const struct result_row row = {.got = result,
+                                               .dtype = to.dtype,
+                                               .first = (first + r) * to.width,
+                                               .count = to.width,
+                                               .expected = out + r * to.width,
+                                               .typical = typical + r * to.width,
+                                               .any_f16 = any_f16};
 
-                check_used(checker, error / budget);
-                if (error <= budget)
-                    continue;
-                check_fail(checker,
-                           "%s[row %d][column %" PRId64
-                           "] is %.9g, expected %.9g (expert %d, its row %d, token %d); error "
-                           "of the row %.3g, budget %.3g",
-                           checker->arena.regions[to.region].name, first + r, column,
-                           moe_load_f32(result, to.dtype, (first + r) * to.width + column), out[r * to.width + column],
-                           e, first + r - offsets[e], row_token[first + r], error, budget);
-                goto done;
+                if (!check_row(checker, &row, budget, "%s[row %d] (expert %d, its row %d, token %d)",
+                               checker->arena.regions[to.region].name, first + r, e, first + r - offsets[e],
+                               row_token[first + r]))
+                    goto done;
             }
         }
     check_tail(checker, &to, offsets[c->experts]);
@@ -331,8 +328,6 @@ static void check_combine(struct checker *checker, const struct test_case *c, co
     double *expected = must_alloc((size_t)hidden * 2 * sizeof(double)), *typical = expected + hidden;
 
     for (int64_t t = 0; t < c->tokens; t++) {
-        int64_t column = 0;
-
         memset(expected, 0, (size_t)hidden * 2 * sizeof(double));
         for (int32_t slot = 0; slot < c->slots; slot++) {
             int64_t row = slot_row[t * c->slots + slot];
@@ -346,17 +341,16 @@ static void check_combine(struct checker *checker, const struct test_case *c, co
         }
         for (int64_t h = 0; h < hidden; h++)
             typical[h] = sqrt(typical[h]);
-        double error =
-            row_error(output, c->io_dtype, t * hidden, expected, typical, hidden, c->io_dtype == MOE_F16, &column);
-        check_used(checker, error / budget);
-        if (!(error <= budget)) {
-            check_fail(checker,
-                       "output[token %" PRId64 "][column %" PRId64 "] is %.9g, expected %.9g; error of the row %.3g, "
-                       "budget %.3g",
-                       t, column, moe_load_f32(output, c->io_dtype, t * hidden + column), expected[column], error,
-                       budget);
+
+        const struct result_row row = {.got = output,
+                                       .dtype = c->io_dtype,
+                                       .first = t * hidden,
+                                       .count = hidden,
+                                       .expected = expected,
+                                       .typical = typical,
+                                       .any_f16 = c->io_dtype == MOE_F16};
+        if (!check_row(checker, &row, budget, "output[token %" PRId64 "]", t))
             break;
-        }
     }
     free(expected);
 }
@@ -420,15 +414,6 @@ static void plant(struct checker *checker, const struct test_case *c, const stru
         plant_output(checker, s->output, c, run);
 }
 
-/* `call`: the set-up's, or a copy of it. */
-static bool call_step(struct checker *checker, const struct setup *s, const struct moe_step *step,
-                      const struct moe_call *call)
-{
-    const moe_status status = step->run(call);
-
-    return check_call(checker, status, s->error.text[0] ? s->error.text : step->name);
-}
-
 static bool run_step(struct checker *checker, const struct test_case *c, struct setup *s, const struct moe_step *step,
                      int run)
 {
@@ -439,7 +424,7 @@ static bool run_step(struct checker *checker, const struct test_case *c, struct 
         !check_call(checker, arena_write(arena, s->logits, c->logits), "copying to the device"))
         return false;
     arena_keep(arena);
-    if (!call_step(checker, s, step, &s->call) ||
+    if (!call_step(checker, step, &s->call) ||
         !check_call(checker, moe_synchronize(checker->ctx, NULL), "moe_synchronize") ||
         !check_call(checker, arena_fetch(arena), "copying from the device"))
         return false;
@@ -465,7 +450,7 @@ static void run_routing(struct checker *checker, const struct test_case *c, cons
         !check_call(checker, arena_write(arena, s->logits, c->logits), "copying to the device"))
         return;
     for (const struct moe_step *step = info->steps; step->run != NULL; step++)
-        if ((step->stages & stages) != 0 && !call_step(checker, s, step, &call))
+        if ((step->stages & stages) != 0 && !call_step(checker, step, &call))
             return;
     if (!check_call(checker, moe_synchronize(checker->ctx, NULL), "moe_synchronize") ||
         !check_call(checker, arena_fetch(arena), "copying from the device"))

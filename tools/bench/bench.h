@@ -9,7 +9,7 @@
 
 #include <stdbool.h>
 
-#include "config/error.h"
+#include "models/model.h"
 
 /* ---- Workload (workload.c) ---- */
 
@@ -18,6 +18,17 @@ struct bench_shape {
     int64_t hidden, intermediate;
     int32_t experts, top_k;
 };
+
+/* One device's share of well-known layers, as plain SwiGLU: name, hidden, intermediate, experts, top_k. FIRST is X for
+ * the first one, so that X can begin with what goes between two. */
+#define BENCH_SHAPE_MAP(FIRST, X)                                                                                      \
+    FIRST("mixtral-8x7b", 4096, 14336, 8, 2)                                                                           \
+    X("phi3.5-moe", 4096, 6400, 16, 2)                                                                                 \
+    X("dsv3-ep4", 7168, 2048, 64, 8)                                                                                   \
+    X("gpt-oss", 2880, 2880, 32, 4)                                                                                    \
+    X("qwen2-moe-a2.7b", 2048, 1408, 60, 4)                                                                            \
+    X("qwen3-30b-a3b", 2048, 768, 128, 8)                                                                              \
+    X("olmoe", 2048, 1024, 64, 8)
 
 /* The i-th shape known by name, NULL past the last; the one called `name`, or NULL. */
 const struct bench_shape *bench_shape_at(size_t i);
@@ -37,9 +48,9 @@ struct bench_workload {
     moe_context *ctx;
     moe_layer *layers[BENCH_LAYOUTS]; /* the same weights by moe_layout: row-major, and packed or NULL */
     moe_layer_desc desc;
-    moe_layer_weights weights; /* where the row-major layer's are, for the read ceiling */
-    void *parts[3];            /* weights that the workload owns, on the device */
-    uint64_t part_bytes[3];
+    moe_layer_weights weights;   /* where the row-major layer's are, for the read ceiling */
+    void *parts[MOE_PART_COUNT]; /* weights that the workload owns, on the device */
+    uint64_t part_bytes[MOE_PART_COUNT];
     /* For as many tokens as bench_workload_tokens was asked for. */
     void *hidden_states, *output; /* [max_tokens, hidden], the layer's dtype; on the device */
     int32_t *ids;                 /* [max_tokens, top_k], on the device */

@@ -7,7 +7,11 @@
 #include "tools/cli.h"
 
 #define BENCH_TOKENS "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192,16384"
-#define BENCH_SHAPES "Shapes: mixtral-8x7b, phi3.5-moe, dsv3-ep4, gpt-oss, qwen2-moe-a2.7b, qwen3-30b-a3b, olmoe.\n"
+
+/* Of the help texts: the names in the table of shapes. */
+#define BENCH_FIRST_NAME(name, ...) name
+#define BENCH_NEXT_NAME(name, ...)  ", " name
+#define BENCH_SHAPES                "Shapes: " BENCH_SHAPE_MAP(BENCH_FIRST_NAME, BENCH_NEXT_NAME) ".\n"
 
 struct bench_source {
     const char *command;              /* for messages */

@@ -12,12 +12,9 @@
 
 enum { SEED = 1, CHUNK_BYTES = 16 << 20 };
 
-/* Hidden, intermediate, experts, top_k of one device's share of well-known layers, as plain SwiGLU. */
-static const struct bench_shape shapes[] = {
-    {"mixtral-8x7b", 4096, 14336, 8, 2}, {"phi3.5-moe", 4096, 6400, 16, 2},      {"dsv3-ep4", 7168, 2048, 64, 8},
-    {"gpt-oss", 2880, 2880, 32, 4},      {"qwen2-moe-a2.7b", 2048, 1408, 60, 4}, {"qwen3-30b-a3b", 2048, 768, 128, 8},
-    {"olmoe", 2048, 1024, 64, 8},
-};
+#define SHAPE(...) {__VA_ARGS__},
+static const struct bench_shape shapes[] = {BENCH_SHAPE_MAP(SHAPE, SHAPE)};
+#undef SHAPE
 
 const struct bench_shape *bench_shape_at(size_t i)
 {
@@ -153,23 +150,23 @@ moe_status bench_workload_create(struct bench_workload *w, moe_context *ctx, con
         const char *name;
         int64_t count;
         double deviation;
-    } parts[3] = {{"making the gate", e * h, 1 / sqrt((double)h)},
-                  {"making w13", 2 * e * i * h, 1 / sqrt((double)h)},
-                  {"making w2", e * h * i, 1 / sqrt((double)i)}};
+    } parts[MOE_PART_COUNT] = {[MOE_PART_GATE] = {"making the gate", e * h, 1 / sqrt((double)h)},
+                               [MOE_PART_W13] = {"making w13", 2 * e * i * h, 1 / sqrt((double)h)},
+                               [MOE_PART_W2] = {"making w2", e * h * i, 1 / sqrt((double)i)}};
     moe_status status = MOE_OK;
-    for (int p = 0; status == MOE_OK && p < 3; p++) {
+    for (int p = 0; status == MOE_OK && p < MOE_PART_COUNT; p++) {
         w->part_bytes[p] = (uint64_t)parts[p].count * moe_dtype_size(dtype);
         status = bench_weights_alloc(ctx, w->part_bytes[p], &w->parts[p]);
         if (status == MOE_OK)
             status = fill(ctx, w->parts[p], dtype, parts[p].count, parts[p].deviation, parts[p].name);
     }
     if (status == MOE_OK && routing != BENCH_UNIFORM)
-        status = bias_gate(ctx, w->parts[0], &desc, routing);
+        status = bias_gate(ctx, w->parts[MOE_PART_GATE], &desc, routing);
 
     moe_layer_weights weights = moe_layer_weights_init();
-    weights.gate = w->parts[0];
-    weights.w13 = w->parts[1];
-    weights.w2 = w->parts[2];
+    weights.gate = w->parts[MOE_PART_GATE];
+    weights.w13 = w->parts[MOE_PART_W13];
+    weights.w2 = w->parts[MOE_PART_W2];
     if (status == MOE_OK)
         status = moe_layer_create(ctx, &desc, &weights, &w->layers[MOE_LAYOUT_ROW_MAJOR]);
     return status == MOE_OK ? describe(w) : status;
@@ -190,7 +187,7 @@ moe_status bench_workload_pack(struct bench_workload *w)
 
 moe_status bench_workload_route(struct bench_workload *w, enum bench_routing routing)
 {
-    moe_status status = bias_gate(w->ctx, w->parts[0], &w->desc, routing);
+    moe_status status = bias_gate(w->ctx, w->parts[MOE_PART_GATE], &w->desc, routing);
     return status == MOE_OK && w->chain ? bench_chain_route(w->chain, w) : status;
 }
 
@@ -223,7 +220,7 @@ void bench_workload_free(struct bench_workload *w)
     bench_chain_free(w->chain);
     for (int layout = 0; layout < BENCH_LAYOUTS; layout++)
         moe_layer_destroy(w->layers[layout]);
-    for (int p = 0; p < 3; p++)
+    for (int p = 0; p < MOE_PART_COUNT; p++)
         bench_weights_free(w->ctx, w->parts[p], w->part_bytes[p]);
     moe_buffer_free(w->ctx, w->hidden_states);
     moe_buffer_free(w->ctx, w->output);
