@@ -340,7 +340,7 @@ template <int PER> __global__ void __launch_bounds__(TOPK_WARPS * 32) topk_kerne
     const int64_t warps = (int64_t)gridDim.x * TOPK_WARPS;
     for (int64_t t = (int64_t)blockIdx.x * TOPK_WARPS + warp; t < args.tokens; t += warps)
         moe_topk_token<PER, MOE_MAX_TOP_K / 32, 4>(args, args.logits + t * args.experts, args.ids + t * args.top_k,
-                                                   args.weights + t * args.top_k, false, chosen[warp], [](int) {});
+                                                   args.weights + t * args.top_k, chosen[warp], [](int) {});
 }
 
 } // namespace

@@ -99,10 +99,10 @@ __device__ inline block_pairs pairs_of_block(const moe_plan_args &args, int64_t 
 }
 
 // The memory of the step that comes next, spread over the grid. The last threads of a block go first: they have the
-// least to do otherwise. Not `really`: nothing is written.
-__device__ inline void set_zeroed(const moe_plan_args &args, bool really)
+// least to do otherwise.
+__device__ inline void set_zeroed(const moe_plan_args &args)
 {
-    const uint4 *const end = (const uint4 *)((const char *)args.zeroed + (really ? args.zeroed_bytes : 0));
+    const uint4 *const end = (const uint4 *)((const char *)args.zeroed + args.zeroed_bytes);
 #pragma unroll 1
     for (uint4 *p = (uint4 *)args.zeroed + (blockIdx.x + 1) * blockDim.x - 1 - threadIdx.x; p < end;
          p += gridDim.x * blockDim.x)
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(THREADS, 1) plan_whole(const moe_plan_args arg
         counters.clear();
     __syncthreads();
     moe_grid_wait();
-    set_zeroed(args, true);
+    set_zeroed(args);
 
     int g = -1, rank = 0;
     float weight = 0.0f;
@@ -363,10 +363,6 @@ inline int64_t zeroing_threads(const moe_plan_args &args, int blocks)
 //
 // A token's ids differ and each of them gets a row: so a word for each expert, with a bit for each of the block's
 // tokens that have chosen it, tells the expert's count and the order of its rows.
-//
-// It takes longer to fetch these instructions than to run them: the last time was one layer and some hundred MB of
-// weights ago. So each block goes through them twice. The first time is a rehearsal, with logits of 0 and without
-// touching any memory that others see, while the kernel of the logits is still at work.
 
 // What a block has in shared memory.
 struct choice {
@@ -394,7 +390,7 @@ __global__ void __launch_bounds__(CHOOSING_THREADS)
 {
     extern __shared__ int2 shared[];
     __shared__ int32_t warp_sums[WARPS];
-    __shared__ uint64_t barriers[2];
+    __shared__ uint64_t barrier;
     moe_grid_launch_dependents();
     const int thread = threadIdx.x, block = blockIdx.x, experts = gate.experts, top_k = gate.top_k;
     const bool cluster = gridDim.x > 1, has_expert = thread < experts;
@@ -402,81 +398,64 @@ __global__ void __launch_bounds__(CHOOSING_THREADS)
 
     // This block's tokens, and this thread's pair of them.
     const int token0 = block * tokens, here = min((int)gate.tokens - token0, tokens);
-    const uint32_t token = (uint32_t)thread / (uint32_t)top_k, slot = thread - token * top_k;
+    const uint32_t token = (uint32_t)thread / (uint32_t)top_k;
     const bool has_pair = (int)token < here;
     if (cluster) {
         if (thread == 0)
-            moe_cluster_expect(barriers, CLUSTER * experts * sizeof(int32_t));
+            moe_cluster_expect(&barrier, CLUSTER * experts * sizeof(int32_t));
         moe_cluster_arrive_relaxed();
     }
 
-    // In the rehearsal a block of a cluster sends all to itself.
-    bool rehearsal = moe_starts_early();
-#pragma unroll 1
-    for (;;) {
-        if (has_expert)
-            own.chosen[thread] = 0;
-        __syncthreads();
-        if (!rehearsal) {
-            if (cluster)
-                moe_cluster_wait(); // all of its blocks have started
-            moe_grid_wait();
-        }
-        set_zeroed(args, !rehearsal);
+    if (has_expert)
+        own.chosen[thread] = 0;
+    __syncthreads();
+    if (cluster)
+        moe_cluster_wait(); // all of its blocks have started
+    moe_grid_wait();
 
 #pragma unroll 1
-        for (int t = thread / 32; t < here; t += blockDim.x / 32) {
-            const int64_t all = token0 + t;
-            moe_topk_token<PER, 1, 1>(gate, gate.logits + all * experts, gate.ids + all * top_k,
-                                      gate.weights + all * top_k, rehearsal, own.pairs + t * top_k,
-                                      [&](int id) { atomicOr(&own.chosen[id], 1u << t); });
-        }
-        __syncthreads();
-
-        int2 pair = {};
-        int rank = 0;
-        if (has_pair) {
-            pair = own.pairs[thread];
-            rank = __popc(own.chosen[pair.x] & ((1u << token) - 1));
-        }
-        int32_t count = has_expert ? __popc(own.chosen[thread]) : 0, before = 0, sum;
-        if (cluster && has_expert) {
-            uint64_t *const barrier = barriers + rehearsal;
-#pragma unroll
-            for (int b = 0; b < CLUSTER; b++)
-                moe_cluster_store(own.received + block * experts + thread, rehearsal ? block : b, count, barrier);
-            moe_barrier_wait(moe_shared(barrier), 0);
-            count = 0;
-#pragma unroll
-            for (int b = 0; b < CLUSTER; b++) {
-                const int32_t theirs = own.received[b * experts + thread];
-                count += theirs;
-                before += b < block ? theirs : 0;
-            }
-        }
-        const int32_t offset = scan_block(count, warp_sums, sum);
-        if (has_expert)
-            own.first[thread] = offset + before;
-        if (block == 0 && !rehearsal) {
-            if (has_expert) {
-                args.plan.counts[thread] = count;
-                args.plan.offsets[thread] = offset;
-            }
-            if (thread == 0)
-                args.plan.offsets[experts] = sum;
-        }
-        __syncthreads();
-        const int32_t row = own.first[pair.x] + rank;
-        if (has_pair && !rehearsal) {
-            args.plan.slot_row[token0 * top_k + thread] = row;
-            args.plan.row_token[row] = token0 + token;
-            args.plan.row_slot[row] = slot;
-            args.plan.row_weight[row] = __int_as_float(pair.y);
-        }
-        if (!rehearsal)
-            break;
-        rehearsal = false;
+    for (int t = thread / 32; t < here; t += blockDim.x / 32) {
+        const int64_t all = token0 + t;
+        moe_topk_token<PER, 1, 1>(gate, gate.logits + all * experts, gate.ids + all * top_k, gate.weights + all * top_k,
+                                  own.pairs + t * top_k, [&](int id) { atomicOr(&own.chosen[id], 1u << t); });
     }
+    set_zeroed(args); // by warps without a token meanwhile
+    __syncthreads();
+
+    int2 pair = {};
+    int rank = 0;
+    if (has_pair) {
+        pair = own.pairs[thread];
+        rank = __popc(own.chosen[pair.x] & ((1u << token) - 1));
+    }
+    int32_t count = has_expert ? __popc(own.chosen[thread]) : 0, before = 0, sum;
+    if (cluster && has_expert) {
+#pragma unroll
+        for (int b = 0; b < CLUSTER; b++)
+            moe_cluster_store(own.received + block * experts + thread, b, count, &barrier);
+        moe_barrier_wait(moe_shared(&barrier), 0);
+        count = 0;
+#pragma unroll
+        for (int b = 0; b < CLUSTER; b++) {
+            const int32_t theirs = own.received[b * experts + thread];
+            count += theirs;
+            before += b < block ? theirs : 0;
+        }
+    }
+    const int32_t offset = scan_block(count, warp_sums, sum);
+    if (has_expert)
+        own.first[thread] = offset + before;
+    if (block == 0) {
+        if (has_expert) {
+            args.plan.counts[thread] = count;
+            args.plan.offsets[thread] = offset;
+        }
+        if (thread == 0)
+            args.plan.offsets[experts] = sum;
+    }
+    __syncthreads();
+    if (has_pair)
+        place_pair(args, token0 * top_k + thread, token0 + token, own.first[pair.x] + rank, __int_as_float(pair.y));
 }
 
 // ---- Two launches ----
@@ -488,7 +467,7 @@ __global__ void __launch_bounds__(THREADS, 1) plan_count(const moe_plan_args arg
     int32_t *const counts = (int32_t *)shared;
     moe_grid_launch_dependents();
     moe_grid_wait();
-    set_zeroed(args, true);
+    set_zeroed(args);
     count_pairs(pairs_of_block(args, range), counts);
     for (int g = threadIdx.x; g < args.groups; g += blockDim.x)
         ((int32_t *)args.scratch)[(int64_t)blockIdx.x * args.groups + g] = counts[g];

@@ -49,24 +49,22 @@ template <int PER> static __device__ inline uint32_t moe_largest_key(const uint3
 
 // The logits of a token -> its top_k <= 32 KEPT ids and weights, and the same as (id, bits of the weight) in
 // chosen[top_k] in shared memory, which is complete when the function returns. taken(id) is called once for each id, by
-// some lane. `rehearsed`: the logits count as 0, and nothing is read or written but `chosen`. The loop over top_k
-// is unrolled UNROLL times.
+// some lane. The loop over top_k is unrolled UNROLL times.
 template <int PER, int KEPT, int UNROLL, typename F>
 static __device__ inline void moe_topk_token(const moe_gate_args &args, const float *logits, int32_t *ids,
-                                             float *weights, bool rehearsed, int2 *chosen, F taken)
+                                             float *weights, int2 *chosen, F taken)
 {
     constexpr unsigned ALL_LANES = 0xffffffffu;
     constexpr int VEC = PER < 4 ? PER : 4;
     const int lane = threadIdx.x % 32, first = lane * PER, here = args.experts - first, top_k = args.top_k;
 
     float logit[PER] = {};
-    const int loaded = rehearsed ? 0 : here;
     const auto load = [&](auto aligned) {
 #pragma unroll
         for (int j = 0; j < PER; j += VEC)
-            if (j < loaded) {
+            if (j < here) {
                 float v[VEC];
-                moe_load<aligned.value>(logits + first + j, loaded - j, v);
+                moe_load<aligned.value>(logits + first + j, here - j, v);
 #pragma unroll
                 for (int i = 0; i < VEC; i++)
                     logit[j + i] = v[i];
@@ -135,10 +133,8 @@ static __device__ inline void moe_topk_token(const moe_gate_args &args, const fl
         if (k < top_k) {
             const float rounded = moe_round_to(weight[i] / sum, args.topk_weight_dtype);
             chosen[k].y = __float_as_int(rounded);
-            if (!rehearsed) {
-                ids[k] = id[i];
-                weights[k] = rounded;
-            }
+            ids[k] = id[i];
+            weights[k] = rounded;
         }
     }
     __syncwarp();

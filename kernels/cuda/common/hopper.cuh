@@ -36,6 +36,23 @@ static __device__ inline void moe_barrier_arrive_as(uint32_t barrier, uint32_t a
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
+// Arrives at the barrier of the cluster's block of this number, which lies where `barrier` does in this one.
+static __device__ inline void moe_cluster_barrier_arrive(uint32_t barrier, uint32_t block, uint32_t arrivals = 1)
+{
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there], %2;\n}" ::"r"(barrier),
+                 "r"(block), "r"(arrivals)
+                 : "memory");
+}
+
+// The number of this block in its cluster.
+static __device__ inline uint32_t moe_cluster_rank()
+{
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
 // Arrives, and makes the phase wait for `bytes` that copies will bring.
 static __device__ inline void moe_barrier_expect(uint32_t barrier, uint32_t bytes)
 {
@@ -46,6 +63,15 @@ static __device__ inline void moe_barrier_expect(uint32_t barrier, uint32_t byte
 static __device__ inline void moe_named_sync(int barrier, int threads)
 {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// True for one lane of the warp, all of which call it. Other than with a comparison of numbers the compiler knows that
+// it is one, and does not turn each copy into a loop over the lanes.
+static __device__ __forceinline__ bool moe_elect()
+{
+    uint32_t elected;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+    return elected != 0;
 }
 
 // ---- Copies by the copy engine: one thread starts them, the barrier counts their bytes ----
@@ -75,6 +101,16 @@ static __device__ inline void moe_bulk_load(uint32_t to, const void *from, uint3
                  : "memory");
 }
 
+// The same to both blocks of a cluster of two, to the same place and with its bytes at the same barrier in each.
+static __device__ inline void moe_bulk_load_both(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier,
+                                                 uint64_t policy)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], %4, %5;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "h"((uint16_t)3), "l"(policy)
+                 : "memory");
+}
+
 static __device__ inline void moe_tensor_load_2d(uint32_t to, const CUtensorMap *map, int c0, int c1, uint32_t barrier)
 {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
@@ -99,6 +135,24 @@ static __device__ inline void moe_tensor_load_5d(uint32_t to, const CUtensorMap 
     asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
                  "%5, %6}], [%7];" ::"r"(to),
                  "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier)
+                 : "memory");
+}
+
+static __device__ inline void moe_tensor_load_3d_both(uint32_t to, const CUtensorMap *map, int c0, int c1, int c2,
+                                                      uint32_t barrier)
+{
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+                 "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+                 "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "h"((uint16_t)3)
+                 : "memory");
+}
+
+static __device__ inline void moe_tensor_load_5d_both(uint32_t to, const CUtensorMap *map, int c0, int c1, int c2,
+                                                      int c3, int c4, uint32_t barrier)
+{
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+                 "[%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(to),
+                 "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier), "h"((uint16_t)3)
                  : "memory");
 }
 

@@ -18,16 +18,6 @@ static __device__ inline void moe_grid_wait()
 #endif
 }
 
-// Whether kernels start before the one ahead has finished.
-static __device__ constexpr bool moe_starts_early()
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    return true;
-#else
-    return false;
-#endif
-}
-
 // Lets the next kernel in the stream start as soon as all blocks of this one have come here or ended. It only moves the
 // start forward: what the next one may touch is up to its own moe_grid_wait().
 static __device__ inline void moe_grid_launch_dependents()
@@ -143,6 +133,33 @@ static __device__ inline void moe_add_release(int32_t *p, int32_t v)
     asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
+// Four words, each of them whole, which need not be of the same moment. Not from a cache of the SM.
+static __device__ inline uint4 moe_load_relaxed(const uint4 *p)
+{
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+
+// Four words, which others see one by one, each of them whole.
+static __device__ inline void moe_store_relaxed(uint4 *p, uint4 v)
+{
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+// The same to two numbers at once, with one wait for what came before.
+static __device__ inline void moe_add_release_both(int32_t *p, int32_t *q, int32_t v)
+{
+    asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.s32 [%0], %2;\n"
+                 "red.relaxed.gpu.global.add.s32 [%1], %2;" ::"l"(p),
+                 "l"(q), "r"(v)
+                 : "memory");
+}
+
 // ---- Clusters: below 9.0 a block is one by itself ----
 
 // A barrier of all threads of a cluster, in two halves: what a thread did before it arrived can be seen by those that
@@ -176,17 +193,15 @@ static __device__ inline int32_t moe_cluster_load(const int32_t *p, uint32_t blo
 #endif
 }
 
-// Initialises both barriers for a phase each, which ends when moe_cluster_store() has brought `bytes`. The other blocks
-// may use them after a moe_cluster_arrive_relaxed() of this thread.
-static __device__ inline void moe_cluster_expect(uint64_t (&barriers)[2], uint32_t bytes)
+// Initialises the barrier for a phase, which ends when moe_cluster_store() has brought `bytes`. The other blocks may
+// use it after a moe_cluster_arrive_relaxed() of this thread.
+static __device__ inline void moe_cluster_expect(uint64_t *barrier, uint32_t bytes)
 {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    for (uint64_t &barrier : barriers)
-        moe_barrier_init(moe_shared(&barrier), 1);
+    moe_barrier_init(moe_shared(barrier), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    for (uint64_t &barrier : barriers)
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(moe_shared(&barrier)), "r"(bytes)
-                     : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(moe_shared(barrier)), "r"(bytes)
+                 : "memory");
 #endif
 }
 
