@@ -79,7 +79,7 @@ static struct batches make_batches(const struct case_model *model, bool routed, 
     for (int64_t i = 0; i < count; i++) {
         char *record = b.host + (size_t)i * b.bytes;
         uint64_t seed = 1000 + (uint64_t)i;
-        case_fill(record, s->dtype, tokens * s->hidden, case_random(&seed), 1.7);
+        case_fill(record, s->dtype, tokens * s->hidden, case_random(&seed), i % 16 == 5 ? 0 : 1.7); /* some all zero */
         if (routed)
             draw_routing(&b, i, &seed, (int32_t *)(record + b.ids_at), (float *)(record + b.weights_at));
     }
@@ -312,6 +312,15 @@ static void batches_through_one_graph(void **state)
     check_batches(CASE_ODD, true, 200, 64);
 }
 
+/* Its results pass between the GEMMs without a word that they are there. */
+static void batches_of_one_token(void **state)
+{
+    (void)state;
+    check_batches(CASE_EVEN, true, 200, 1);
+    check_batches(CASE_ODD, true, 200, 1);
+    check_batches(CASE_ODD, false, 50, 1);
+}
+
 static void batches_through_one_gate(void **state)
 {
     (void)state;
@@ -338,6 +347,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup(batches_through_one_graph, case_watch),
+        cmocka_unit_test_setup(batches_of_one_token, case_watch),
         cmocka_unit_test_setup(batches_through_one_gate, case_watch),
     };
     const int status = case_open();

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* How the decode path cuts a GEMM: each block of each band is multiplied once, each band has one end, partial sums are
- * added in the order of K and are waited for by nobody who could hold them up, and nothing is cut where that would gain
- * too little; for every small GEMM, and for the largest numbers. */
+ * added in the order of K and are waited for by nobody who could hold them up, pieces get shorter as their workers
+ * come later, and nothing is cut where that would gain too little; for every small GEMM, and for the largest numbers.
+ */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -26,12 +27,13 @@ static int32_t *slot_uses; /* [pieces] */
 /* What is cut, and how. */
 static const struct moe_work *work;
 static int32_t workers;
+static int32_t before; /* of which there is as much as in this GEMM that workers have read */
 
 #define CHECK(condition)                                                                                               \
     do {                                                                                                               \
         if (!(condition))                                                                                              \
-            fail_msg("%d bands of %d blocks, %d workers: %s is not so", (int)work->bands, (int)work->blocks,           \
-                     (int)workers, #condition);                                                                        \
+            fail_msg("%d bands of %d blocks, %d workers, %d before: %s is not so", (int)work->bands,                   \
+                     (int)work->blocks, (int)workers, (int)before, #condition);                                        \
     } while (0)
 
 static void add(const struct moe_task *task, int32_t item, int32_t at)
@@ -128,19 +130,39 @@ static void check_cover(void)
     CHECK(band == work->bands && end == 0);
 }
 
-/* Of the bands that are cut each worker gets as much as another, as far as blocks allow; where that would be pieces too
- * small to be worth it, there are as many as can be. */
+/* By how much the first piece is longer than the average: by a block for each MOE_WORK_DRIFT that a worker has read, up
+ * to half a band, so that all pieces can end within one; and the last one shorter, down to the least. */
+static int64_t spread(int64_t average)
+{
+    const int64_t whole = (int64_t)(work->whole / workers) * work->blocks;
+    const int64_t bounds[] = {work->blocks / 2, average - MOE_WORK_LEAST_BLOCKS, MOE_WORK_MOST_SPREAD};
+    int64_t least = (whole + before * (whole + average)) / MOE_WORK_DRIFT;
+    for (size_t i = 0; i < sizeof bounds / sizeof *bounds; i++)
+        least = bounds[i] < least ? bounds[i] : least;
+    return least;
+}
+
+/* Of the bands that are cut each worker gets as much as another, as far as blocks allow, but for the spread, by which
+ * sizes fall evenly; where that would be pieces too small to be worth it, there are as many as can be. */
 static void check_sizes(void)
 {
-    int64_t left = (int64_t)(work->bands - work->whole) * work->blocks, least = INT64_MAX, most = 0;
+    const int64_t cut = (int64_t)(work->bands - work->whole) * work->blocks;
+    const int64_t average = work->pieces > 0 ? cut / work->pieces : 0, wider = spread(average);
+    /* A block for `longer`, one for where pieces begin, and what `fall` leaves out; times the pieces. */
+    const int64_t rounding = work->pieces * (2 + ((int64_t)work->pieces >> MOE_WORK_FALL_LOG2) + 1);
+    int64_t left = cut, least = INT64_MAX, last = INT64_MAX, most = 0;
     for (int32_t piece = 0; piece < work->pieces; piece++) {
         const int64_t size = check_piece(piece);
+        const int64_t fair = (int64_t)work->pieces * average + wider * (work->pieces - 1 - 2 * piece);
+        CHECK(llabs(size * work->pieces - fair) <= rounding);
+        CHECK(size - 1 <= last);
+        last = size;
         least = size < least ? size : least;
         most = size > most ? size : most;
         left -= size;
     }
     CHECK(left == 0);
-    CHECK(work->pieces == 0 || most - least <= 1);
+    CHECK(work->pieces == 0 || wider > 0 || most - least <= 1);
     CHECK(work->pieces <= 1 || least >= MOE_WORK_LEAST_BLOCKS);
     CHECK(work->pieces == 0 || work->pieces == workers || most < 2 * MOE_WORK_LEAST_BLOCKS);
 }
@@ -165,7 +187,7 @@ static void check_cut(void)
 /* all: every whole band; else some of them. */
 static void check(int32_t bands, int32_t blocks, bool all)
 {
-    const struct moe_work made = moe_work_make(bands, blocks, workers);
+    const struct moe_work made = moe_work_make(bands, blocks, workers, before);
     work = &made;
     CHECK(work->bands == bands && work->blocks == blocks);
     CHECK(moe_work_items(work) == work->whole + work->pieces);
@@ -201,7 +223,8 @@ static void every_small_gemm(void **state)
     for (workers = 1; workers <= 24; workers++)
         for (int32_t blocks = 1; blocks <= 26; blocks++)
             for (int32_t bands = 0; bands <= 80; bands++)
-                check(bands, blocks, true);
+                for (before = 0; before <= 40; before += 20) /* none, or much */
+                    check(bands, blocks, true);
 }
 
 /* The SMs of several GPUs, and of what a caller may leave of them, on shapes of models. */
@@ -214,7 +237,8 @@ static void real_gemms(void **state)
         for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++)
             for (int32_t bands = 1; bands < 4000; bands += bands / 7 + 1) {
                 workers = sms[w];
-                check(bands, blocks[b], true);
+                for (before = 0; before <= 2; before += 2) /* GEMM 1, and 2 */
+                    check(bands, blocks[b], true);
             }
 }
 
@@ -233,10 +257,12 @@ static void largest_numbers(void **state)
         for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++) {
             if (blocks[b] > longest)
                 continue;
-            for (size_t i = 0; i < sizeof bands / sizeof *bands; i++)
-                check(bands[i], blocks[b], false);
-            for (int32_t few = 1; few <= 4 * workers; few += few / 3 + 1)
-                check(few, blocks[b], false);
+            for (before = 0; before <= 2; before += 2) {
+                for (size_t i = 0; i < sizeof bands / sizeof *bands; i++)
+                    check(bands[i], blocks[b], false);
+                for (int32_t few = 1; few <= 4 * workers; few += few / 3 + 1)
+                    check(few, blocks[b], false);
+            }
         }
     }
 }

@@ -27,6 +27,8 @@ struct moe_decode_args {
     int32_t *taken;      // items so far
     int32_t *finished;   // [tiles]: how much of GEMM 1 is done of each tile
     int32_t *slot_state; // [workers][MOE_SLOT_PARTS]: of the slots' sums, how far they are
+    void *passed;        // [R][I], of one token's rows; NULL: of more tokens. Beside act, for who looks for results
+                         // where zeros were
     float *sums;         // [workers][MOE_PACKED_ROWS << most_log2]: the slots
 };
 
@@ -97,8 +99,10 @@ static __device__ inline int32_t moe_decode_groups(const moe_decode_args &args, 
     return __reduce_max_sync(ALL_LANES, largest);
 }
 
-// A block's way through its tasks, which one warp goes.
-struct moe_decode_walk {
+// A block's way through its tasks, which one warp goes. Its first thread's number is a constant: of an addition by a
+// lane of this number or that the compiler would make one for all lanes, with a shuffle that waits for the result at
+// once.
+template <int FIRST_THREAD> struct moe_decode_walk {
     const moe_decode_args &args;
     const moe_decode_group *list;
     int32_t bands1, bands2; // of a tile
@@ -106,9 +110,9 @@ struct moe_decode_walk {
     int32_t items1, items = INT32_MAX; // work2 is only made when it is come to
     int32_t item, at = 0;
 
-    static __device__ int32_t take(const moe_decode_args &args)
+    static __device__ __forceinline__ int32_t take(const moe_decode_args &args)
     {
-        return threadIdx.x % 32 == 0 ? atomicAdd(args.taken, 1) : 0;
+        return threadIdx.x == FIRST_THREAD ? atomicAdd(args.taken, 1) : 0;
     }
 
     // `taken`: the first item, from take().
@@ -117,7 +121,8 @@ struct moe_decode_walk {
     {
         bands1 = (2 * args.intermediate + MOE_PACKED_ROWS - 1) / MOE_PACKED_ROWS;
         bands2 = (args.hidden + MOE_PACKED_ROWS - 1) / MOE_PACKED_ROWS;
-        work1 = moe_work_make(list[args.groups].tile * bands1, (int32_t)moe_packed_blocks(args.hidden), args.workers);
+        work1 =
+            moe_work_make(list[args.groups].tile * bands1, (int32_t)moe_packed_blocks(args.hidden), args.workers, 0);
         items1 = moe_work_items(&work1);
         item = __shfl_sync(0xffffffffu, taken, 0);
     }
@@ -144,9 +149,9 @@ struct moe_decode_walk {
         for (;;) {
             task.rows = 0;
             task.gemm2 = item >= items1;
-            if (task.gemm2 && items == INT32_MAX) {
+            if (task.gemm2 && items == INT32_MAX) { // GEMM 1 reads twice as much
                 work2 = moe_work_make(list[args.groups].tile * bands2, (int32_t)moe_packed_blocks(args.intermediate),
-                                      args.workers);
+                                      args.workers, 2);
                 items = items1 + moe_work_items(&work2);
             }
             if (item >= items)

@@ -181,7 +181,7 @@ struct follower {
 __device__ void walk_tasks(const mma_args &args, int32_t taken)
 {
     const bool first_lane = threadIdx.x % 32 == 0;
-    moe_decode_walk walk(args.decode, groups(), taken);
+    moe_decode_walk<FOLLOWERS> walk(args.decode, groups(), taken);
     for (note_place note;; note.number++) {
         moe_decode_task task;
         walk.next(task, [] {});
@@ -590,7 +590,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 1) mma_kernel(c
 
     int32_t taken = 0;
     if (walks) {
-        taken = moe_decode_walk::take(args.decode);
+        taken = moe_decode_walk<FOLLOWERS>::take(args.decode);
         const int32_t largest = moe_decode_groups(args.decode, groups());
         if (threadIdx.x % 32 == 0)
             largest_tile() = largest;

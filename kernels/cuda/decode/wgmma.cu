@@ -75,12 +75,18 @@ __host__ __device__ constexpr int ring_begin(int groups)
     return (GROUPS + (groups + 1) * (int)sizeof(moe_decode_group) + 1023) / 1024 * 1024;
 }
 
-// Of shared memory, for a small block of the kernel that comes next, so that it can be there when this one ends.
-constexpr int SPARE_BYTES = 2048;
-static_assert((227 * 1024 - SPARE_BYTES - ring_begin(MOE_MAX_EXPERTS) - MULTIPLIERS * MOST * ROW_BYTES) /
+static_assert((227 * 1024 - ring_begin(MOE_MAX_EXPERTS) - MULTIPLIERS * MOST * ROW_BYTES) /
                       (TILE_BYTES + MOST * ROW_BYTES) >=
                   UNDER_WAY,
               "with fewer stages a barrier could be a round ahead of who looks back at it");
+
+// Whether the task's tile has its results passed from GEMM 1 to GEMM 2 without anybody who says that they are there.
+// They are stored where zeros were and are never zero themselves, so who needs them looks for them. That saves
+// microseconds, which is much for one token.
+__device__ __forceinline__ bool is_passed(const moe_decode_args &args, const moe_decode_task &task)
+{
+    return args.passed != NULL && task.rows == 1;
+}
 
 // One of the block's threads or warps on its way through notes and stages.
 struct follower {
@@ -162,18 +168,20 @@ struct follower {
 
 // ---- Finding tasks: a warp ----
 
+typedef moe_decode_walk<WALKER * 32> task_walk;
+
 struct walker : follower {
     using follower::follower;
 
     __device__ void run()
     {
         const bool first = threadIdx.x % 32 == 0;
-        const int32_t taken = moe_decode_walk::take(args.decode);
         moe_decode_group *groups = reinterpret_cast<moe_decode_group *>(__cvta_shared_to_generic(shared + GROUPS));
+        const int32_t taken = task_walk::take(args.decode);
         const int32_t largest = moe_decode_groups(args.decode, groups);
         if (first)
             *reinterpret_cast<int32_t *>(__cvta_shared_to_generic(shared + LARGEST)) = largest;
-        moe_decode_walk walk(args.decode, groups, taken);
+        task_walk walk(args.decode, groups, taken);
         moe_decode_task task;
         for (int32_t told = 0;; told += task.end - task.begin) { // blocks
             walk.next(task, [&] {
@@ -194,7 +202,7 @@ struct walker : follower {
     }
 };
 
-// ---- Weights: one thread ----
+// ---- Weights: a warp, of which one thread starts the copies ----
 
 struct weight_loader : follower {
     using follower::follower;
@@ -224,15 +232,18 @@ struct weight_loader : follower {
                 oldest.next(stages);
             }
             moe_barrier_wait(empty(), stage.parity ^ 1);
-            const uint32_t full = weights_full();
-            moe_barrier_expect(full, bytes);
-            if (args.packed)
-                moe_bulk_load(weights(), from, bytes, full, policy);
-            else if (task.gemm2)
-                moe_tensor_load_3d(weights(), &args.w2_rows, block * COLS, first, task.group, full, policy);
-            else
-                moe_tensor_load_5d(weights(), &args.w13_rows, block * COLS, 0, 0, first / 16, task.group, full, policy);
-            atomicAdd(asked(), 1);
+            if (moe_elect()) {
+                const uint32_t full = weights_full();
+                moe_barrier_expect(full, bytes);
+                if (args.packed)
+                    moe_bulk_load(weights(), from, bytes, full, policy);
+                else if (task.gemm2)
+                    moe_tensor_load_3d(weights(), &args.w2_rows, block * COLS, first, task.group, full, policy);
+                else
+                    moe_tensor_load_5d(weights(), &args.w13_rows, block * COLS, 0, 0, first / 16, task.group, full,
+                                       policy);
+                atomicAdd(asked(), 1);
+            }
             from += bytes;
             stage.next(stages);
         }
@@ -293,11 +304,49 @@ struct token_loader : follower {
         }
     }
 
+    // The row of act that is passed, of which a block has eight chunks: a warp looks for those of four blocks at once,
+    // when the first of them is next, each lane for one.
+    __device__ __forceinline__ void load_passed(const moe_decode_task &task)
+    {
+        constexpr int CHUNKS = COLS / 8, OF_WARP = 32 / CHUNKS, OF_ALL = LOADERS / CHUNKS; // blocks at once
+        const moe_decode_args &d = args.decode;
+        const int thread = threadIdx.x, chunk = thread % CHUNKS, mine = thread / CHUNKS;
+        const int row_chunks = d.intermediate / 8, first = task.begin * CHUNKS + thread;
+        const uint4 *from = (const uint4 *)d.passed + (int64_t)task.row * row_chunks + first;
+        int left = min(row_chunks, task.end * CHUNKS) - first; // chunks from this thread's on
+        uint4 v = {};
+#pragma unroll 1
+        for (int block = task.begin; block < task.end; block++) {
+            const int turn = (block - task.begin) % OF_ALL;
+            if (turn == mine / OF_WARP * OF_WARP) {
+                v = uint4(); // past the row's end zeros, as in the weights
+                if (left > 0) {
+                    do
+                        v = moe_load_relaxed(from);
+                    while (v.x == 0 || v.y == 0 || v.z == 0 || v.w == 0);
+                }
+                from += LOADERS;
+                left -= LOADERS;
+            }
+            moe_barrier_wait(empty(), stage.parity ^ 1);
+            if (turn == mine)
+                *reinterpret_cast<uint4 *>(__cvta_shared_to_generic(tokens() + chunk * 16)) = v;
+            __syncwarp();
+            if (thread % 32 == 0)
+                moe_barrier_arrive_as(tokens_full(), 32);
+            stage.next(stages);
+        }
+    }
+
     __device__ void run()
     {
         moe_decode_task task;
-        while (next(task))
-            load(task);
+        while (next(task)) {
+            if (task.gemm2 && is_passed(args.decode, task))
+                load_passed(task);
+            else
+                load(task);
+        }
     }
 };
 
@@ -482,9 +531,11 @@ template <typename T> struct multiplier : follower {
     // ---- Results: turned to rows of tokens in shared memory, stored in chunks of 16 bytes ----
 
     // A warpgroup's piece has a row of 128 bytes for each token, chunk c of row r at place c ^ (r % 8); `chunks` of
-    // them are in use, the first of which belongs to column `column` of `columns`.
+    // them are in use, the first of which belongs to column `column` of `columns`. `passed`: the row is passed as well,
+    // with pairs of +0 as -0, which changes no sum.
     template <int CHUNKS>
-    __device__ __forceinline__ void store(const moe_decode_task &task, void *to, int columns, int64_t column)
+    __device__ __forceinline__ void store(const moe_decode_task &task, void *to, int columns, int64_t column,
+                                          bool passed = false)
     {
         const uint32_t from = ring - (MULTIPLIERS - half) * piece;
         sync();
@@ -492,10 +543,18 @@ template <typename T> struct multiplier : follower {
         for (int i = thread; i < task.rows * CHUNKS; i += WARPGROUP) {
             const int chunk = i % CHUNKS, r = i / CHUNKS;
             const int64_t c = column + chunk * 8;
-            const void *at = __cvta_shared_to_generic(from + r * ROW_BYTES + ((chunk ^ (r & 7)) << 4));
-            if (c < columns)
-                *reinterpret_cast<uint4 *>((T *)to + (int64_t)(task.row + r) * columns + c) =
-                    *reinterpret_cast<const uint4 *>(at);
+            const uint4 *at = reinterpret_cast<const uint4 *>(
+                __cvta_shared_to_generic(from + r * ROW_BYTES + ((chunk ^ (r & 7)) << 4)));
+            if (c >= columns)
+                continue;
+            const int64_t place = (int64_t)(task.row + r) * columns + c;
+            if (passed) {
+                const uint4 v = *at;
+                const auto seen = [](uint32_t pair) { return pair != 0 ? pair : 0x80008000u; };
+                moe_store_relaxed(reinterpret_cast<uint4 *>((T *)args.decode.passed + place),
+                                  make_uint4(seen(v.x), seen(v.y), seen(v.z), seen(v.w)));
+            }
+            *reinterpret_cast<uint4 *>((T *)to + place) = *at;
         }
     }
 
@@ -515,7 +574,7 @@ template <typename T> struct multiplier : follower {
                                moe_pair(moe_silu_fast(e[0]) * e[2], moe_silu_fast(e[1]) * e[3], T()));
         }
         store<4>(task, args.decode.act, args.decode.intermediate,
-                 (int64_t)task.band * (MOE_PACKED_ROWS / 2) + half * 32);
+                 (int64_t)task.band * (MOE_PACKED_ROWS / 2) + half * 32, is_passed(args.decode, task));
     }
 
     __device__ __forceinline__ void finish_down(const moe_decode_task &task)
@@ -548,7 +607,8 @@ template <typename T> struct multiplier : follower {
                 finish_down(task);
             } else {
                 finish_gated(task);
-                mails.send(thread, args.decode.finished + task.tile, 1, 0);
+                if (!is_passed(args.decode, task))
+                    mails.send(thread, args.decode.finished + task.tile, 1, 0);
             }
         }
         mails.send(thread, NULL, 0, 0);
@@ -595,13 +655,11 @@ __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constan
         token_loader(args, shared).run();
     else if (warp < WEIGHT_LOADER)
         multiplier<T>(args, shared).run();
-    else if (warp == WALKER)
-        walker(args, shared).run();
-    else if (!first_lane)
-        return;
     else if (warp == WEIGHT_LOADER)
         weight_loader(args, shared).run();
-    else
+    else if (warp == WALKER)
+        walker(args, shared).run();
+    else if (first_lane)
         mailbox{shared, warp - FIRST_HERALD}.run();
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 #error "built for 9.0 without its own instructions this kernel would do nothing: build for 90a"
@@ -610,7 +668,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constan
 
 template <typename T> moe_status launch(const struct moe_call *call, wgmma_args &args)
 {
-    const int shared = call->exec->shared_bytes - SPARE_BYTES;
+    const int shared = call->exec->shared_bytes;
     args.ring_bytes = shared - ring_begin(args.decode.groups);
     cudaFuncSetAttribute(decode_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     moe_launch(decode_kernel<T>, args.decode.workers, THREADS, shared, call->stream,

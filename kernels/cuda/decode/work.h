@@ -5,8 +5,10 @@
  * The GEMM is a row of `bands`: a band is MOE_PACKED_ROWS weight rows of an expert times one tile of its tokens, over
  * all of K, which is `blocks` blocks of 64 columns. Bands are taken one by one as long as there are plenty. Those of
  * the last round that is full, and what is left after it, are cut, without regard to where one ends, into as many
- * pieces of equal size as there are workers, so that all end at the same time; unless they would end at nearly the same
- * time anyway. A piece is up to three kinds of tasks, in this order:
+ * pieces as there are workers, so that all end at the same time; unless they would end at nearly the same time anyway.
+ * Pieces are taken in order, and not all at once: the more workers have read, the further they are apart, up to a
+ * band. So sizes fall from piece to piece: who comes first gets the longest. A piece is up to three kinds of tasks, in
+ * this order:
  *
  *   tail   the beginning of its last band, which the next piece goes on with: leaves a partial sum in the piece's slot
  *   whole  bands
@@ -26,6 +28,9 @@
 enum {
     MOE_WORK_LEAST_BLOCKS = 2, /* a piece of fewer is not worth its own partial sum */
     MOE_WORK_EXCHANGE = 3,     /* blocks that are read while partial sums pass from one worker to another */
+    MOE_WORK_DRIFT = 64,       /* blocks after which the first worker is one before the average, the last one behind */
+    MOE_WORK_MOST_SPREAD = 64, /* blocks: so that places are numbers of 32 bits */
+    MOE_WORK_FALL_LOG2 = 10,
 };
 
 /* Items 0 to whole - 1 are bands; the others are pieces. */
@@ -34,7 +39,8 @@ struct moe_work {
     int32_t blocks; /* of a band, at least 1 */
     int32_t whole;
     int32_t pieces;
-    int32_t size, longer; /* of a piece, in blocks; the first `longer` pieces have one more */
+    int32_t size, longer; /* of a piece on average, in blocks; the first `longer` pieces have one more */
+    int32_t fall;         /* half of what a piece is shorter than the one before it, << MOE_WORK_FALL_LOG2 */
 };
 
 struct moe_task {
@@ -45,18 +51,28 @@ struct moe_task {
     int32_t own_slot;   /* where it leaves a partial sum; -1: it ends its band */
 };
 
-/* 2 * workers * blocks must be below 2^31. */
-static MOE_HOST_DEVICE inline struct moe_work moe_work_make(int32_t bands, int32_t blocks, int32_t workers)
+/* before: how many times as much as there is in this GEMM the workers have read before it. 2 * workers * blocks must be
+ * below 2^31, workers below 2^17. */
+static MOE_HOST_DEVICE inline struct moe_work moe_work_make(int32_t bands, int32_t blocks, int32_t workers,
+                                                            int32_t before)
 {
-    struct moe_work work = {bands, blocks, bands, 0, 0, 0};
+    struct moe_work work = {bands, blocks, bands, 0, 0, 0, 0};
     const int32_t full = bands / workers, over = bands - full * workers; /* bands of a last round that is not full */
     if (over == 0 || (workers - over) * blocks <= MOE_WORK_EXCHANGE * workers)
         return work;
-    work.whole = full > 1 ? (full - 1) * workers : 0;
+    const int32_t rounds = full > 1 ? full - 1 : 0; /* of whole bands */
+    work.whole = rounds * workers;
     const int32_t cut = (bands - work.whole) * blocks, most = cut / MOE_WORK_LEAST_BLOCKS;
     work.pieces = most < workers ? most : workers;
     work.size = cut / work.pieces;
     work.longer = cut - work.size * work.pieces;
+
+    const int64_t whole = (int64_t)rounds * blocks, read = whole + before * (whole + work.size);
+    int32_t spread = work.size - MOE_WORK_LEAST_BLOCKS; /* by which the first is longer, and the last one shorter */
+    spread = spread < blocks / 2 ? spread : blocks / 2;
+    spread = spread < MOE_WORK_MOST_SPREAD ? spread : MOE_WORK_MOST_SPREAD;
+    spread = spread < read / MOE_WORK_DRIFT ? spread : (int32_t)(read / MOE_WORK_DRIFT);
+    work.fall = (spread << MOE_WORK_FALL_LOG2) / work.pieces;
     return work;
 }
 
@@ -68,7 +84,8 @@ static MOE_HOST_DEVICE inline int32_t moe_work_items(const struct moe_work *work
 /* Where piece p (up to `pieces`, the end) begins, in blocks from the first band that is cut. */
 static MOE_HOST_DEVICE inline int32_t moe_work_begin(const struct moe_work *work, int32_t piece)
 {
-    return piece * work->size + (piece < work->longer ? piece : work->longer);
+    return piece * work->size + (piece < work->longer ? piece : work->longer) +
+           (work->fall * piece * (work->pieces - piece) >> MOE_WORK_FALL_LOG2);
 }
 
 /* The tasks of an item, one after another: `at` counts them from 0. False: there are no more. */

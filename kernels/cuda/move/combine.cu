@@ -97,18 +97,35 @@ __global__ void __launch_bounds__(MAX_THREADS)
     }
 }
 
+// Shared memory that a block asks for without using it, so that no SM takes more blocks than are needed to have all of
+// them on half of the SMs. Blocks come while the kernel ahead ends: the first SMs that it leaves would take all of
+// them, and every row would come through these few. 0: there are so many blocks that they are spread anyway.
+size_t spreading_bytes(const struct moe_exec *exec, int64_t blocks)
+{
+    constexpr int MOST = 16, UNIT = 128, RESERVED = 1024; // the last for each block, by the system
+    const int64_t on_each = moe_ceil_div(blocks, (exec->sms + 1) / 2);
+    if (on_each > MOST)
+        return 0;
+    // The least of which there is no room for one more.
+    return ((exec->shared_bytes + RESERVED) / (on_each + 1) / UNIT + 1) * UNIT - RESERVED;
+}
+
 template <typename From, typename To, int SLOTS, int PARTS, bool ALIGNED>
 void launch(const struct moe_call *call, bool planned)
 {
     const struct moe_plan *plan = &call->plan.plan;
     const int64_t strips = moe_ceil_div(call->hidden, PARTS * 32 * vec<From>);
-    // A bound on the SMs leaves one block for each: a large one. Otherwise small ones, which find room beside the
-    // kernel before.
+    // A bound on the SMs leaves one block for each: a large one.
     const int threads = call->max_sms > 0 ? MAX_THREADS : 64;
     const int64_t blocks = moe_ceil_div(call->tokens * strips, threads / 32);
-    moe_launch(combine_kernel<From, To, SLOTS, PARTS, ALIGNED>, moe_grid(blocks, call->max_sms, call->exec->sms, 256),
-               threads, 0, call->stream, call->exec->compute_capability == 90, (const From *)call->down, plan->slot_row,
-               plan->row_weight, call->tokens, call->slots, (int)call->hidden, (To *)call->output, planned);
+    const bool early = call->exec->compute_capability == 90;
+    const auto kernel = combine_kernel<From, To, SLOTS, PARTS, ALIGNED>;
+    const size_t shared = planned && early && call->max_sms == 0 ? spreading_bytes(call->exec, blocks) : 0;
+    if (shared > 48 * 1024)
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    moe_launch(kernel, moe_grid(blocks, call->max_sms, call->exec->sms, 256), threads, shared, call->stream, early,
+               (const From *)call->down, plan->slot_row, plan->row_weight, call->tokens, call->slots, (int)call->hidden,
+               (To *)call->output, planned);
 }
 
 moe_status combine(const struct moe_call *call, bool planned)
