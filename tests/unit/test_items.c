@@ -13,13 +13,16 @@
 #include "kernels/cuda/prefill/items.h"
 
 /* The table as the kernel makes it. Of entries that stand for several groups the last one may stand for fewer. */
-static void fill_table(struct moe_items *items, const int32_t *offsets, int32_t table[MOE_ITEM_TABLE + 1])
+static void fill_table(struct moe_items *items, const int32_t *offsets, struct moe_item_entry table[MOE_ITEM_TABLE + 1])
 {
     items->offsets = offsets;
-    items->first_tile = table;
-    table[0] = 0;
-    for (int32_t entry = 0; entry < items->entries; entry++)
-        table[entry + 1] = table[entry] + moe_items_entry_tiles(items, entry);
+    items->table = table;
+    int32_t tiles = 0;
+    for (int32_t entry = 0; entry < items->entries; entry++) {
+        table[entry] = (struct moe_item_entry){tiles, offsets[entry << items->shift]};
+        tiles += moe_items_entry_tiles(items, entry);
+    }
+    table[items->entries] = (struct moe_item_entry){tiles, offsets[items->groups]};
 }
 
 /* What is known of a tile from the first item that had it. */
@@ -61,24 +64,49 @@ static void check_rows(const int32_t *offsets, int32_t groups, int32_t nmax, con
     assert_int_equal(tile, count);
 }
 
-static void check_items(const int32_t *offsets, int32_t groups, int32_t nmax, int32_t bands1, int32_t bands2)
+/* Two blocks have two tiles of a group with the same band, or a tile with two bands; or the second one goes along. */
+static void check_pair(const struct moe_item *a, const struct moe_item *b, int32_t bands)
 {
-    int32_t table[MOE_ITEM_TABLE + 1];
-    struct moe_items items = moe_items_make(groups, nmax, bands1, bands2);
+    assert_false(a->idle);
+    assert_true(a->gemm2 == b->gemm2 && a->group == b->group && a->shared == b->shared);
+    if (a->shared) {
+        assert_true(a->band == b->band && a->tile + 1 == b->tile && !b->idle);
+    } else {
+        assert_true(a->tile == b->tile && a->row == b->row && a->rows == b->rows);
+        assert_int_equal(b->band, b->idle ? a->band : a->band + 1);
+        assert_true(!b->idle || a->band == bands - 1);
+    }
+}
+
+static void check_items_of(const int32_t *offsets, int32_t groups, int32_t nmax, int32_t bands1, int32_t bands2,
+                           int32_t blocks)
+{
+    struct moe_item_entry table[MOE_ITEM_TABLE + 1];
+    struct moe_items items = moe_items_make(groups, nmax, bands1, bands2, blocks);
     assert_in_range(items.entries, 1, MOE_ITEM_TABLE);
     fill_table(&items, offsets, table);
-    const int32_t count = moe_items_count(&items), tiles = table[items.entries];
+    const int32_t count = moe_items_count(&items), tiles = table[items.entries].tile;
     const size_t bands = (size_t)(bands1 + bands2);
-    assert_int_equal(count, tiles * (int32_t)bands);
+    assert_int_equal(count, tiles * ((bands1 + blocks - 1) / blocks + (bands2 + blocks - 1) / blocks));
     assert_true(tiles <= moe_max_tiles(offsets[groups], groups, nmax));
 
     struct tile *known = calloc((size_t)tiles + 1, sizeof *known);
-    bool *seen = calloc((size_t)count + 1, sizeof *seen);
+    bool *seen = calloc((size_t)tiles * bands + 1, sizeof *seen);
     assert_true(known != NULL && seen != NULL);
     struct moe_item last = {.group = -1};
     int32_t first_tile = 0; /* of the group */
-    for (int32_t number = 0; number < count; number++) {
-        const struct moe_item item = moe_items_at(&items, number);
+    for (int32_t at = 0; at < count * blocks; at++) {
+        const int32_t number = at / blocks, block = at % blocks;
+        const struct moe_item item = moe_items_at(&items, number, block);
+        assert_true(item.rows > 0 || (blocks == 2 && item.shared));
+        if (block == 1) {
+            const struct moe_item other = moe_items_at(&items, number, 0);
+            assert_true((item.rows > 0) == (other.rows > 0));
+            if (item.rows > 0)
+                check_pair(&other, &item, item.gemm2 ? bands2 : bands1);
+        }
+        if (item.rows == 0 || item.idle)
+            continue;
         assert_in_range(item.tile, 0, tiles - 1);
         assert_in_range(item.group, 0, groups - 1);
         assert_in_range(item.band, 0, (item.gemm2 ? bands2 : bands1) - 1);
@@ -102,15 +130,21 @@ static void check_items(const int32_t *offsets, int32_t groups, int32_t nmax, in
 
         if (item.group != last.group)
             first_tile = item.tile;
-        if (number > 0)
+        if (number > 0 && blocks == 1)
             assert_true(follows(&last, &item, first_tile));
         last = item;
     }
-    for (int32_t i = 0; i < count; i++)
+    for (size_t i = 0; i < (size_t)tiles * bands; i++)
         assert_true(seen[i]);
     check_rows(offsets, groups, nmax, known, tiles);
     free(seen);
     free(known);
+}
+
+static void check_items(const int32_t *offsets, int32_t groups, int32_t nmax, int32_t bands1, int32_t bands2)
+{
+    for (int32_t blocks = 1; blocks <= 2; blocks++)
+        check_items_of(offsets, groups, nmax, bands1, bands2, blocks);
 }
 
 static uint32_t next_random(uint32_t *state)
@@ -123,7 +157,7 @@ static uint32_t next_random(uint32_t *state)
 static void every_band_once(void **state)
 {
     (void)state;
-    static const int32_t group_counts[] = {1, 2, 3, 8, 60, 128, 511, 512, 513, 1000, 1024, 1025, 4095, 4096};
+    static const int32_t group_counts[] = {1, 2, 3, 8, 60, 128, 255, 256, 257, 512, 513, 1000, 1024, 1025, 4095, 4096};
     static const int32_t bands[][2] = {{1, 1}, {2, 3}, {6, 8}, {7, 1}};
     static const int32_t most_rows[] = {0, 1, 20, 400, 5000};
     int32_t *offsets = malloc((4096 + 1) * sizeof *offsets);
@@ -148,7 +182,7 @@ static void one_group_has_all(void **state)
 {
     (void)state;
     static const int32_t rows[] = {1, 15, 16, 17, 128, 129, 192, 193, 3072, 3073, 10000};
-    static const int32_t group_counts[] = {1, 2, 63, 512, 1003};
+    static const int32_t group_counts[] = {1, 2, 63, 256, 1003};
     int32_t offsets[1003 + 1];
     for (size_t n = 0; n < sizeof group_counts / sizeof *group_counts; n++)
         for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
@@ -166,15 +200,15 @@ static void sums_fit(void **state)
 {
     (void)state;
     const int32_t offsets[] = {0, 0, INT32_MAX};
-    int32_t table[MOE_ITEM_TABLE + 1];
-    struct moe_items items = moe_items_make(2, 192, 64, 64);
+    struct moe_item_entry table[MOE_ITEM_TABLE + 1];
+    struct moe_items items = moe_items_make(2, 192, 64, 64, 1);
     fill_table(&items, offsets, table);
-    const int32_t tiles = table[2], count = moe_items_count(&items);
+    const int32_t tiles = table[2].tile, count = moe_items_count(&items);
     assert_int_equal(tiles, INT32_MAX / 192 + 1);
     assert_int_equal(count, tiles * 128);
     for (int gemm2 = 0; gemm2 < 2; gemm2++) {
-        const struct moe_item first = moe_items_at(&items, gemm2 * (count / 2));
-        const struct moe_item last = moe_items_at(&items, (gemm2 + 1) * (count / 2) - 1);
+        const struct moe_item first = moe_items_at(&items, gemm2 * (count / 2), 0);
+        const struct moe_item last = moe_items_at(&items, (gemm2 + 1) * (count / 2) - 1, 0);
         assert_true(first.tile == 0 && first.row == 0 && first.band == 0 && first.gemm2 == gemm2);
         assert_true(last.tile == tiles - 1 && last.band == 63 && last.gemm2 == gemm2 && last.group == 1);
         assert_int_equal(last.row, INT32_MAX - last.rows);

@@ -8,6 +8,9 @@
  * result of items with lower numbers. Items that follow each other run at the same time and should share what they
  * read: in a group, up to MOE_ITEM_PART tiles go through all bands together, the tiles of one band following each
  * other.
+ *
+ * Two blocks of a cluster can take an item together: two tiles of a group with the same band, whose weights each block
+ * brings half of for both; or where a tile is left over two bands of it.
  */
 #ifndef MOE_KERNELS_CUDA_PREFILL_ITEMS_H
 #define MOE_KERNELS_CUDA_PREFILL_ITEMS_H
@@ -22,18 +25,25 @@ enum {
     MOE_BAND_ROWS = 2 * MOE_PACKED_ROWS, /* of weights */
     MOE_ROW_STEP = 16,                   /* rows of tokens are multiplied in multiples of this */
     MOE_ITEM_PART = 16,
-    MOE_ITEM_TABLE = 512, /* entries at most */
+    MOE_ITEM_TABLE = 256, /* entries at most */
+};
+
+/* Tiles and rows of all groups before an entry's. */
+struct moe_item_entry {
+    int32_t tile, row;
 };
 
 /* Through the table a tile's group is found. An entry stands for 2^shift groups: one as long as there is room for all
- * of them, eight of 4096. Among those the group is found by their counts. The table takes 2 KB, whatever the groups, so
- * that the kernel's shared memory has room for as many stages with all of them. */
+ * of them, 16 of 4096. Then nothing has to be read from memory; among several the group is found by their offsets. The
+ * table takes 2 KB, whatever the groups, so that the kernel's shared memory has room for as many stages with all of
+ * them. */
 struct moe_items {
-    const int32_t *offsets;    /* [groups + 1], the plan's */
-    const int32_t *first_tile; /* [entries + 1]: tiles of all groups before an entry's; then of all */
+    const int32_t *offsets;             /* [groups + 1], the plan's */
+    const struct moe_item_entry *table; /* [entries + 1]: the last is for the end of all */
     int32_t groups, entries, shift;
     int32_t nmax;
     int32_t bands1, bands2; /* of w13 and w2 */
+    int32_t blocks;         /* that take an item together: 1 or 2 */
 };
 
 struct moe_item {
@@ -41,12 +51,15 @@ struct moe_item {
     int32_t rows; /* 1 to nmax; the kernel has 0 for: there are no more items */
     int32_t tile, group, band;
     bool gemm2;
+    bool shared; /* by two blocks: the other one has the same band */
+    bool idle;   /* it is the other block's, and this one only goes along */
 };
 
 /* Without the arrays. The number of items must fit in 31 bits. */
-static inline struct moe_items moe_items_make(int32_t groups, int32_t nmax, int32_t bands1, int32_t bands2)
+static inline struct moe_items moe_items_make(int32_t groups, int32_t nmax, int32_t bands1, int32_t bands2,
+                                              int32_t blocks)
 {
-    struct moe_items items = {NULL, NULL, groups, groups, 0, nmax, bands1, bands2};
+    struct moe_items items = {NULL, NULL, groups, groups, 0, nmax, bands1, bands2, blocks};
     while (items.entries > MOE_ITEM_TABLE)
         items.entries = ((groups - 1) >> ++items.shift) + 1;
     return items;
@@ -58,12 +71,20 @@ static MOE_HOST_DEVICE inline int32_t moe_items_tiles(int32_t count, int32_t nma
     return (int32_t)(((uint32_t)count + nmax - 1) / nmax);
 }
 
-/* Where a group's tile begins among its rows: tiles are of nearly the same size, the first ones a step longer. */
-static MOE_HOST_DEVICE inline int32_t moe_items_first_row(int32_t count, int32_t tiles, int32_t tile)
+/* Of a group's rows those of one of its tiles: tiles are of nearly the same size, the first ones a step longer. */
+struct moe_item_rows {
+    int32_t first, count;
+};
+
+static MOE_HOST_DEVICE inline struct moe_item_rows moe_items_rows(int32_t count, int32_t tiles, int32_t tile)
 {
-    const int32_t steps = (int32_t)(((uint32_t)count + MOE_ROW_STEP - 1) / MOE_ROW_STEP);
-    const int32_t longer = steps % tiles, before = steps / tiles * tile + (tile < longer ? tile : longer);
-    return before < steps ? before * MOE_ROW_STEP : count;
+    const uint32_t steps = ((uint32_t)count + MOE_ROW_STEP - 1) / MOE_ROW_STEP, each = steps / (uint32_t)tiles;
+    const int32_t longer = (int32_t)(steps - each * (uint32_t)tiles); /* tiles */
+    const uint32_t before = each * (uint32_t)tile + (uint32_t)(tile < longer ? tile : longer);
+    const uint32_t first = before * MOE_ROW_STEP, most = (each + (tile < longer)) * MOE_ROW_STEP;
+    const uint32_t left = (uint32_t)count - first;
+    const struct moe_item_rows rows = {(int32_t)first, (int32_t)(most < left ? most : left)};
+    return rows;
 }
 
 /* Tiles of an entry's groups: what the table is made of. */
@@ -77,47 +98,74 @@ static MOE_HOST_DEVICE inline int32_t moe_items_entry_tiles(const struct moe_ite
     return tiles;
 }
 
-static MOE_HOST_DEVICE inline int32_t moe_items_count(const struct moe_items *items)
+/* Items of a tile; of two blocks, half of what two tiles have in common. */
+static MOE_HOST_DEVICE inline int32_t moe_items_of_tile(int32_t bands, int32_t blocks)
 {
-    return items->first_tile[items->entries] * (items->bands1 + items->bands2);
+    return blocks == 2 ? (bands + 1) / 2 : bands;
 }
 
-static MOE_HOST_DEVICE inline struct moe_item moe_items_at(const struct moe_items *items, int32_t number)
+static MOE_HOST_DEVICE inline int32_t moe_items_count(const struct moe_items *items)
 {
-    const int32_t items1 = items->first_tile[items->entries] * items->bands1;
-    const bool gemm2 = number >= items1;
-    const int32_t bands = gemm2 ? items->bands2 : items->bands1, at = gemm2 ? number - items1 : number;
-    const int32_t tile = at / bands; /* one of the same group */
+    return items->table[items->entries].tile *
+           (moe_items_of_tile(items->bands1, items->blocks) + moe_items_of_tile(items->bands2, items->blocks));
+}
 
-    /* The last entry that begins with this tile or before: others that begin with the same one have no tiles. */
+/* What block `block` has of an item; rows is 0 if that is nothing, for any of them. Items come one after another from
+ * here, and loading waits for each: hence few divisions. */
+static MOE_HOST_DEVICE inline struct moe_item moe_items_at(const struct moe_items *items, int32_t number, int32_t block)
+{
+    const int32_t blocks = items->blocks;
+    const int32_t items1 = items->table[items->entries].tile * moe_items_of_tile(items->bands1, blocks);
+    struct moe_item item;
+    item.gemm2 = number >= items1;
+    const int32_t bands = item.gemm2 ? items->bands2 : items->bands1, of_tile = moe_items_of_tile(bands, blocks);
+    const uint32_t at = (uint32_t)(item.gemm2 ? number - items1 : number);
+
+    /* The last entry that begins with this item or before: others that begin with the same one have no tiles. */
     int32_t entry = 0, end = items->entries;
     while (end - entry > 1) {
         const int32_t middle = (entry + end) / 2;
-        if (items->first_tile[middle] <= tile)
+        if ((uint32_t)(items->table[middle].tile * of_tile) <= at)
             entry = middle;
         else
             end = middle;
     }
-    int32_t group = entry << items->shift, before = items->first_tile[entry], first, count, own;
-    for (;; group++, before += own) {
-        first = items->offsets[group];
-        count = items->offsets[group + 1] - first;
-        own = moe_items_tiles(count, items->nmax);
-        if (tile - before < own)
-            break;
-    }
+    const struct moe_item_entry *from = &items->table[entry];
+    int32_t tile = from->tile, row = from->row, count = from[1].row - row, own = from[1].tile - tile;
+    item.group = entry << items->shift;
+    if (items->shift > 0)
+        for (;; item.group++, tile += own) {
+            row = items->offsets[item.group];
+            count = items->offsets[item.group + 1] - row;
+            own = moe_items_tiles(count, items->nmax);
+            if ((uint32_t)((tile + own) * of_tile) > at)
+                break;
+        }
 
-    const int32_t in_group = at - before * bands, part = in_group / (MOE_ITEM_PART * bands) * MOE_ITEM_PART;
-    const int32_t in_part = in_group - part * bands, left = own - part;
-    const int32_t height = left < MOE_ITEM_PART ? left : (int32_t)MOE_ITEM_PART;
-    const int32_t mine = part + in_part % height, row = moe_items_first_row(count, own, mine);
-    struct moe_item item;
-    item.row = first + row;
-    item.rows = moe_items_first_row(count, own, mine + 1) - row;
-    item.tile = before + mine;
-    item.group = group;
-    item.band = in_part / height;
-    item.gemm2 = gemm2;
+    /* As many tiles side by side as there are blocks, with every band, also one past an odd number of them. What is
+     * left is a tile with two bands side by side. */
+    const uint32_t abreast = (uint32_t)(own / blocks), length = (uint32_t)(of_tile * blocks),
+                   in_group = at - (uint32_t)(tile * of_tile);
+    const uint32_t most = (uint32_t)(MOE_ITEM_PART / blocks), of_part = most * length;
+    int32_t mine;
+    item.shared = in_group < abreast * length;
+    item.idle = false;
+    if (item.shared) {
+        const uint32_t part = in_group < of_part ? 0 : in_group / of_part, in_part = in_group - part * of_part;
+        const uint32_t first = part * most, left = abreast - first, height = left < most ? left : most;
+        const uint32_t band = in_part / height;
+        item.band = (int32_t)band;
+        mine = (int32_t)(first + in_part - band * height) * blocks + block;
+    } else {
+        item.band = (int32_t)(in_group - abreast * length) * blocks + block;
+        item.idle = item.band >= bands;
+        item.band -= item.idle;
+        mine = own - 1;
+    }
+    item.tile = tile + mine;
+    const struct moe_item_rows rows = moe_items_rows(count, own, mine);
+    item.row = row + rows.first;
+    item.rows = item.band < bands ? rows.count : 0;
     return item;
 }
 

@@ -17,6 +17,7 @@ struct choice {
     const char *name;
     int nmax;
     bool ordered; // GEMM 1's tokens are put into plan order first
+    int blocks;   // that take an item together
     moe_status (*bf16)(const ffn_args &args, unsigned grid, bool dependent, cudaStream_t stream, struct moe_error *err);
     moe_status (*f16)(const ffn_args &args, unsigned grid, bool dependent, cudaStream_t stream, struct moe_error *err);
 };
@@ -25,20 +26,21 @@ template <typename T, class Shape>
 moe_status launch(const ffn_args &args, unsigned grid, bool dependent, cudaStream_t stream, struct moe_error *err)
 {
     cudaFuncSetAttribute(ffn_kernel<T, Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::BYTES);
-    moe_launch(ffn_kernel<T, Shape>, grid, FFN_THREADS, Shape::BYTES, stream, dependent, args);
+    moe_launch_cluster(ffn_kernel<T, Shape>, Shape::BLOCKS, grid, FFN_THREADS, Shape::BYTES, stream, dependent, args);
     return moe_launched(err, "ffn prefill");
 }
 
 template <class Shape> constexpr choice make_choice(const char *name)
 {
-    return {name, Shape::NMAX, Shape::ORDERED, launch<__nv_bfloat16, Shape>, launch<__half, Shape>};
+    return {name, Shape::NMAX, Shape::ORDERED, Shape::BLOCKS, launch<__nv_bfloat16, Shape>, launch<__half, Shape>};
 }
 
-enum { TILE_128 = 1, TILE_192, TILE_192_ROWS, TILES = TILE_192_ROWS };
+enum { TILE_128 = 1, TILE_192, TILE_192_ROWS, TILE_192_PAIR, TILES = TILE_192_PAIR };
 const choice choices[TILES] = {
-    make_choice<ffn_shape<128, 4, false>>("wgmma-128"), // the smallest comes first
-    make_choice<ffn_shape<192, 4, false>>("wgmma-192"),
-    make_choice<ffn_shape<192, 4, true>>("wgmma-192-rows"),
+    make_choice<ffn_shape<128, 4, false, false>>("wgmma-128"), // the smallest comes first
+    make_choice<ffn_shape<192, 4, false, false>>("wgmma-192"),
+    make_choice<ffn_shape<192, 4, true, false>>("wgmma-192-rows"),
+    make_choice<ffn_shape<192, 4, true, true>>("wgmma-192-pair"),
 };
 
 // Whether putting the tokens into plan order takes less time than it saves: a launch, and reading each token and
@@ -52,20 +54,26 @@ bool ordering_pays(const struct moe_call *call)
     return copy < GATHER * rows * hidden * (double)call->intermediate * 4 / FLOPS;
 }
 
+// As many as there may be.
+int32_t blocks_of(const struct moe_call *call)
+{
+    return call->max_sms > 0 ? call->max_sms : call->exec->sms;
+}
+
 // Whether on average no more than one tile has the rows of a group: then each weight is read once, from memory.
 bool reads_once(const struct moe_call *call)
 {
     return call->tokens * call->slots <= (int64_t)choices[TILE_192 - 1].nmax * call->plan.groups;
 }
 
-// ---- Scratch memory: the items' counter, in a part of its own, then the tiles' ----
+// ---- Scratch memory: the items' counter and that of all results, in parts of their own, then the tiles' ----
 
 constexpr size_t COUNTER_BYTES = 256;
 
 moe_items items_of(const struct moe_call *call, const choice &chosen)
 {
     return moe_items_make(call->plan.groups, chosen.nmax, (int32_t)moe_ceil_div(2 * call->intermediate, MOE_BAND_ROWS),
-                          (int32_t)moe_ceil_div(call->hidden, MOE_BAND_ROWS));
+                          (int32_t)moe_ceil_div(call->hidden, MOE_BAND_ROWS), chosen.blocks);
 }
 
 int64_t max_tiles(const struct moe_call *call, const choice &chosen)
@@ -93,13 +101,16 @@ const char *moe_wgmma_tile_name(int32_t tile)
 
 // By the rows that groups have on average. Large tiles of tokens need less of L2 for each product; the smaller one's
 // shorter stages and finished tiles suit the time when reading weights is what counts. That hides the gather, too: up
-// to some 190 rows, where the products take as long as reading their weights, there is nothing to save.
+// to some 190 rows, where the products take as long as reading their weights, there is nothing to save. Then, as long
+// as two tiles are enough for most groups, pairs of blocks read each weight once.
 int32_t moe_wgmma_tile(const struct moe_call *call)
 {
     const int64_t rows = call->tokens * call->slots / call->plan.groups;
     if (rows <= 80)
         return TILE_128;
-    return rows >= 192 && ordering_pays(call) ? TILE_192_ROWS : TILE_192;
+    if (rows < 192 || !ordering_pays(call))
+        return TILE_192;
+    return rows <= 320 && blocks_of(call) > 1 ? TILE_192_PAIR : TILE_192_ROWS;
 }
 
 size_t moe_scratch_prefill_wgmma(const struct moe_call *call)
@@ -112,7 +123,8 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
 {
     if (call->tokens == 0)
         return MOE_OK;
-    const choice &chosen = choices[tile - 1];
+    // One block alone has no other one.
+    const choice &chosen = choices[(tile == TILE_192_PAIR && blocks_of(call) < 2 ? TILE_192_ROWS : tile) - 1];
     const bool dependent = call->exec->compute_capability == 90;
     cudaStream_t stream = (cudaStream_t)call->stream;
     if (call->tokens * (call->hidden / 8) > UINT32_MAX)
@@ -132,7 +144,8 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
     args.row_token = call->plan.plan.row_token;
     args.act = call->act;
     args.down = call->down;
-    args.taken = (uint32_t *)call->scratch;
+    args.taken = (int32_t *)call->scratch;
+    args.all_finished = (int32_t *)((char *)call->scratch + COUNTER_BYTES / 2);
     args.finished = (int32_t *)((char *)call->scratch + COUNTER_BYTES);
     args.items = shape;
     args.items.offsets = call->plan.plan.offsets;
@@ -164,6 +177,7 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
     }
     if (status != MOE_OK)
         return status;
-    const unsigned grid = moe_grid(items, call->max_sms, call->exec->sms, 1);
+    const unsigned together = (unsigned)chosen.blocks,
+                   grid = together * moe_grid(items, blocks_of(call) / together, 0, 1);
     return (call->dtype == MOE_F16 ? chosen.f16 : chosen.bf16)(args, grid, dependent, stream, call->error);
 }

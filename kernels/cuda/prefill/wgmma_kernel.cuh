@@ -21,6 +21,10 @@
 // follow from it. A copy may also read up to 15 rows of the next tile, which may just be changing: nobody keeps their
 // products.
 //
+// Where most groups have two tiles, their weights go through L2 twice, at a rate near all that it has. There clusters
+// of two blocks take an item together: each brings half of the weights, for both. So they go through the ring side by
+// side, and a stage is empty when both have read it.
+//
 // Items (items.h) are taken from one counter, in order. Those of GEMM 2 come after all those of GEMM 1 whose results
 // they read, so that what an item waits for is always done or being done, on however few blocks the grid runs. What an
 // item is each block finds for itself, from the plan's offsets and a table in shared memory: no kernel ahead makes a
@@ -47,8 +51,9 @@ struct ffn_args {
     const int32_t *row_token;      // [R]
     void *act, *down;              // [R][I], [R][H]
     const char *w13, *w2;          // packed; NULL: row-major
-    uint32_t *taken;               // items so far; zero at the start. Blocks that find none left count on
+    int32_t *taken;                // items so far; zero at the start. Blocks that find none left count on
     int32_t *finished;             // [tiles]: how much of GEMM 1 is done of each; zero at the start
+    int32_t *all_finished;         // the sum of those
     moe_items items;               // without the table
     int32_t hidden, intermediate;
     bool once;     // weights are read by one tile, most of them
@@ -62,14 +67,17 @@ constexpr int ROW_BYTES = MOE_PACKED_ROW_BYTES, COLS = MOE_PACKED_COLS, TILE_BYT
 constexpr int WEIGHT_BYTES = MULTIPLIERS * TILE_BYTES; // in a stage
 constexpr int M_BLOCKS = 2;                            // of 64 weight rows, to a warpgroup
 constexpr int SLOTS = 2;                               // items known in advance
+constexpr int NUMBERS = 8;                             // of items, that the second block of a pair may be behind
 
-// NMAX tokens to a tile, STAGES in the ring. ORDERED: GEMM 1's tokens lie in `down`, in plan order.
-template <int NMAX_, int STAGES_, bool ORDERED_> struct ffn_shape {
+// NMAX tokens to a tile, STAGES in the ring. ORDERED: GEMM 1's tokens lie in `down`, in plan order. PAIRED: by clusters
+// of two blocks.
+template <int NMAX_, int STAGES_, bool ORDERED_, bool PAIRED_> struct ffn_shape {
     static constexpr int NMAX = NMAX_, STAGES = STAGES_;
-    static constexpr bool ORDERED = ORDERED_;
+    static constexpr bool ORDERED = ORDERED_, PAIRED = PAIRED_;
+    static constexpr int BLOCKS = PAIRED ? 2 : 1; // that take an item together
 
-    // Threads that load: tensor copies need one, and so no more than its warp.
-    static constexpr int LOADERS = ORDERED ? 32 : WARPGROUP;
+    // Arrivals that fill a stage: of the thread that starts copies and, where threads gather tokens, of all of these.
+    static constexpr int FILLERS = ORDERED ? 1 : 1 + WARPGROUP;
 
     // The finished tile in shared memory: pieces of 64 features of all tokens, one to a warpgroup of GEMM 1, two of
     // GEMM 2.
@@ -81,8 +89,10 @@ template <int NMAX_, int STAGES_, bool ORDERED_> struct ffn_shape {
     // Shared memory.
     static constexpr int FULL = STAGES * STAGE, EMPTY = FULL + STAGES * 8;
     static constexpr int SLOT_FULL = EMPTY + STAGES * 8, SLOT_EMPTY = SLOT_FULL + SLOTS * 8;
-    static constexpr int ITEMS = SLOT_EMPTY + SLOTS * 8;
-    static constexpr int TABLE = ITEMS + SLOTS * sizeof(moe_item), SUMS = TABLE + (MOE_ITEM_TABLE + 1) * 4;
+    static constexpr int NUMBER_FULL = SLOT_EMPTY + SLOTS * 8, NUMBER = NUMBER_FULL + NUMBERS * 8;
+    static constexpr int ITEMS = NUMBER + NUMBERS * 4;
+    static constexpr int TABLE = ITEMS + SLOTS * sizeof(moe_item);
+    static constexpr int SUMS = TABLE + (MOE_ITEM_TABLE + 1) * sizeof(moe_item_entry);
     static constexpr int BYTES = SUMS + FFN_THREADS / 32 * 4;
     static_assert(STAGE % 1024 == 0 && NMAX % 64 == 0 && STAGES >= BORROWED2 + 2);
     static_assert(BYTES <= 227 * 1024, "a block of compute capability 9.0 has no more shared memory");
@@ -113,10 +123,11 @@ struct weight_source {
     uint32_t bytes[2];  // of each tile in a stage; 0 past the last row
     const CUtensorMap *map;
     int group, row;
-    bool gemm2;
+    bool gemm2, shared;
 
     __device__ weight_source(const ffn_args &args, const moe_item &item)
     {
+        shared = item.shared;
         group = item.group;
         row = item.band * MOE_BAND_ROWS;
         gemm2 = item.gemm2;
@@ -133,6 +144,22 @@ struct weight_source {
             const bool whole = left >= MOE_PACKED_ROWS || (left > 0 && base == NULL);
             bytes[m] = whole ? TILE_BYTES : left > 0 ? (uint32_t)left * ROW_BYTES : 0;
         }
+    }
+
+    // Of the tiles of a block of columns that of number m, for both blocks of a pair.
+    __device__ __forceinline__ void load_both(uint32_t to, int block, uint32_t barrier, int m) const
+    {
+        const int first = row + m * MOE_PACKED_ROWS;
+        const uint32_t own = m == 0 ? bytes[0] : bytes[1];
+        to += m * TILE_BYTES;
+        if (own == 0)
+            return;
+        if (packed != NULL)
+            moe_bulk_load_both(to, packed + m * next_tile + (int64_t)block * own, own, barrier, moe_policy_once());
+        else if (gemm2)
+            moe_tensor_load_3d_both(to, map, block * COLS, first, group, barrier);
+        else
+            moe_tensor_load_5d_both(to, map, block * COLS, 0, 0, first / 16, group, barrier);
     }
 
     // The tiles of a block of columns.
@@ -160,16 +187,29 @@ struct weight_source {
 template <typename T, class Shape> struct ffn_loader {
     const ffn_args &args;
     const uint32_t shared;
-    moe_ring_place stage;
+    const int rank; // of the block in its cluster
+    moe_ring_place stage, number;
+    bool results_there = false; // all of GEMM 1's, as this thread has seen
 
     __device__ uint32_t full() const
     {
         return shared + Shape::FULL + stage.at * 8;
     }
 
+    __device__ const moe_item_entry *table() const
+    {
+        return static_cast<const moe_item_entry *>(__cvta_shared_to_generic(shared + Shape::TABLE));
+    }
+
     __device__ uint32_t tokens() const
     {
         return shared + stage.at * Shape::STAGE + WEIGHT_BYTES;
+    }
+
+    // Starting a copy takes a while, so that warps take turns at it: each has its stages.
+    __device__ bool is_own() const
+    {
+        return threadIdx.x / 32 == stage.at % (WARPGROUP / 32);
     }
 
     __device__ void wait_empty() const
@@ -181,7 +221,10 @@ template <typename T, class Shape> struct ffn_loader {
     __device__ __forceinline__ void load_weights(const weight_source &source, int block, uint32_t token_bytes) const
     {
         moe_barrier_expect(full(), source.bytes[0] + source.bytes[1] + token_bytes);
-        source.load(shared + stage.at * Shape::STAGE, block, full(), args.once);
+        if (Shape::PAIRED && source.shared)
+            source.load_both(shared + stage.at * Shape::STAGE, block, full(), rank);
+        else
+            source.load(shared + stage.at * Shape::STAGE, block, full(), args.once);
     }
 
     // Stages that the multiplying warpgroups may write to.
@@ -189,10 +232,12 @@ template <typename T, class Shape> struct ffn_loader {
     {
 #pragma unroll 1
         for (int i = 0; i < stages; i++) {
-            wait_empty();
-            if (threadIdx.x == 0)
+            if (is_own() || !Shape::ORDERED)
+                wait_empty();
+            if (is_own() && moe_elect())
                 moe_barrier_arrive(full());
-            moe_barrier_arrive(full());
+            if (!Shape::ORDERED)
+                moe_barrier_arrive(full());
             stage.next(Shape::STAGES);
         }
     }
@@ -216,7 +261,7 @@ template <typename T, class Shape> struct ffn_loader {
 #pragma unroll 1
         for (int block = 0; block * COLS < args.hidden; block++) {
             wait_empty();
-            if (threadIdx.x == 0)
+            if (is_own() && moe_elect())
                 load_weights(source, block, 0);
             const uint32_t to = tokens() + place;
             const int bytes = left > 0 ? 16 : 0; // past the row's end zeros, as in the weights
@@ -231,6 +276,17 @@ template <typename T, class Shape> struct ffn_loader {
         }
     }
 
+    // Until GEMM 1's results of this tile are in memory. Once all are nobody has to look again.
+    __device__ __forceinline__ void await_results(int32_t tile)
+    {
+        const int32_t of_tile = MULTIPLIERS * args.items.bands1;
+        const uint32_t tiles = table()[args.items.entries].tile;
+        results_there = (uint32_t)moe_load_acquire(args.all_finished) == tiles * of_tile;
+        while (!results_there && moe_load_acquire(args.finished + tile) < of_tile)
+            ;
+        moe_fence_async(); // what other blocks stored comes before the tensor copies
+    }
+
     // Rows in plan order: of act, or of tokens. Rows past the item's are those of its neighbour, or zeros past the end
     // of all; nobody keeps their products.
     __device__ __forceinline__ void stream(const moe_item &item)
@@ -240,16 +296,13 @@ template <typename T, class Shape> struct ffn_loader {
         const CUtensorMap *by_64 = item.gemm2 ? &args.act_64 : &args.down_64;
         const CUtensorMap *by_16 = item.gemm2 ? &args.act_16 : &args.down_16;
         const int steps = (item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP;
-        if (item.gemm2 && threadIdx.x == 0) {
-            const int32_t all = MULTIPLIERS * args.items.bands1;
-            while (moe_load_acquire(args.finished + item.tile) < all)
-                ;
-            moe_fence_async(); // what other blocks stored comes before the tensor copies
-        }
+        if (item.gemm2 && !results_there)
+            await_results(item.tile);
 #pragma unroll 1
         for (int block = 0; block * COLS < columns; block++) {
-            wait_empty();
-            if (threadIdx.x == 0) {
+            if (is_own() || !Shape::ORDERED)
+                wait_empty();
+            if (is_own() && moe_elect()) {
                 load_weights(source, block, steps * MOE_ROW_STEP * ROW_BYTES);
                 uint32_t to = tokens();
                 int row = item.row;
@@ -260,26 +313,65 @@ template <typename T, class Shape> struct ffn_loader {
                 for (int i = 0; i < steps % 4; i++, row += 16, to += 16 * ROW_BYTES)
                     moe_tensor_load_2d(to, by_16, block * COLS, row, full());
             }
-            moe_barrier_arrive(full());
+            if (!Shape::ORDERED)
+                moe_barrier_arrive(full());
             stage.next(Shape::STAGES);
         }
     }
 
-    // The first thread has taken item number `next`.
+    // Of a pair the first block takes items' numbers and sends them to the second. It is never NUMBERS ahead: it goes
+    // on only when the other block has multiplied what is a ring before, and an item has two stages at the least.
+    __device__ uint32_t number_full() const
+    {
+        return shared + Shape::NUMBER_FULL + number.at * 8;
+    }
+
+    __device__ int32_t *number_at() const
+    {
+        return static_cast<int32_t *>(__cvta_shared_to_generic(shared + Shape::NUMBER)) + number.at;
+    }
+
+    __device__ __forceinline__ void send(uint32_t taken)
+    {
+        moe_cluster_store(number_at(), 1, (int32_t)taken,
+                          static_cast<uint64_t *>(__cvta_shared_to_generic(number_full())));
+        number.next(NUMBERS);
+    }
+
+    __device__ __forceinline__ uint32_t receive()
+    {
+        moe_barrier_expect(number_full(), sizeof(int32_t));
+        moe_barrier_wait(number_full(), number.parity);
+        const uint32_t taken = (uint32_t)*number_at();
+        number.next(NUMBERS);
+        return taken;
+    }
+
+    // The first thread, of a pair's first block, has taken item number `next`.
     __device__ __forceinline__ void run(uint32_t next)
     {
         item_reader<Shape> reader{shared};
         const bool first = threadIdx.x == 0;
         moe_items items = args.items;
-        items.first_tile = static_cast<const int32_t *>(__cvta_shared_to_generic(shared + Shape::TABLE));
-        if (Shape::ORDERED && first)
+        items.table = table();
+        items.blocks = Shape::BLOCKS;
+        if (Shape::ORDERED)
             moe_fence_async(); // what the kernel ahead stored comes before the tensor copies
         moe_item item;
         for (;;) {
             if (first) {
                 item.rows = 0;
-                if (next < (uint32_t)moe_items_count(&items))
-                    item = moe_items_at(&items, (int32_t)next);
+                if (Shape::PAIRED && rank > 0)
+                    next = receive();
+                const uint32_t count = moe_items_count(&items);
+#pragma unroll 1
+                for (; next < count; next = atomicAdd(args.taken, 1)) {
+                    item = moe_items_at(&items, (int32_t)next, rank);
+                    if (!Shape::PAIRED || item.rows > 0)
+                        break;
+                }
+                if (Shape::PAIRED && rank == 0)
+                    send(next);
                 const uint32_t at = reader.slot.at;
                 moe_barrier_wait(shared + Shape::SLOT_EMPTY + at * 8, reader.slot.parity ^ 1);
                 static_cast<moe_item *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[at] = item;
@@ -291,7 +383,7 @@ template <typename T, class Shape> struct ffn_loader {
                 stream(item);
             else
                 gather(item);
-            if (first) // not sooner: who takes an item early keeps it from those who are free
+            if (first && rank == 0) // not sooner: who takes an item early keeps it from those who are free
                 next = atomicAdd(args.taken, 1);
             lend(item.gemm2 ? Shape::BORROWED2 : Shape::BORROWED1);
         }
@@ -304,6 +396,7 @@ template <typename T, class Shape> struct ffn_multiplier {
     const ffn_args &args;
     const uint32_t shared;
     const int half, thread; // which warpgroup of the two, and which thread in it
+    const bool sender;      // one thread, which starts the copies of the warpgroup's results and awaits them
     moe_ring_place stage;
     int borrowed = -1;  // the stage that the last tile is leaving from
     int unsettled = -1; // the tile of a GEMM 1 item whose results may not be in memory yet
@@ -311,7 +404,7 @@ template <typename T, class Shape> struct ffn_multiplier {
 
     __device__ ffn_multiplier(const ffn_args &a, uint32_t s)
         : args(a), shared(s), half(__shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP - 1, 0)),
-          thread(threadIdx.x % WARPGROUP)
+          thread(threadIdx.x % WARPGROUP), sender(thread < 32 && moe_elect())
     {
     }
 
@@ -320,18 +413,30 @@ template <typename T, class Shape> struct ffn_multiplier {
         moe_barrier_wait(shared + Shape::FULL + stage.at * 8, stage.parity);
     }
 
+    // A stage is empty when both blocks of a pair have read it, for each brings some of it to both.
     __device__ void release(uint32_t at) const
     {
-        if (thread % 32 == 0)
-            moe_barrier_arrive(shared + Shape::EMPTY + at * 8);
+        const uint32_t empty = shared + Shape::EMPTY + at * 8;
+        if constexpr (Shape::PAIRED) {
+            if (thread % 32 < Shape::BLOCKS)
+                moe_cluster_barrier_arrive(empty, thread % 32);
+        } else if (thread % 32 == 0) {
+            moe_barrier_arrive(empty);
+        }
     }
 
     // Gives the borrowed stage back when the tile has left it: one thread, who started the copies, for all warps.
     __device__ __forceinline__ void give_back()
     {
-        if (thread == 0) {
+        if (sender) {
+            const uint32_t empty = shared + Shape::EMPTY + borrowed * 8;
             moe_store_wait_read();
-            moe_barrier_arrive_as(shared + Shape::EMPTY + borrowed * 8, WARPGROUP / 32);
+            if constexpr (Shape::PAIRED) {
+                moe_cluster_barrier_arrive(empty, 0, WARPGROUP / 32);
+                moe_cluster_barrier_arrive(empty, 1, WARPGROUP / 32);
+            } else {
+                moe_barrier_arrive_as(empty, WARPGROUP / 32);
+            }
         }
         borrowed = -1;
     }
@@ -339,9 +444,9 @@ template <typename T, class Shape> struct ffn_multiplier {
     // Lets GEMM 2 have a tile's results when they are in memory.
     __device__ __forceinline__ void settle()
     {
-        if (thread == 0) {
+        if (sender) {
             moe_store_wait();
-            moe_add_release(args.finished + unsettled, 1);
+            moe_add_release_both(args.finished + unsettled, args.all_finished, 1);
         }
         unsettled = -1;
     }
@@ -425,7 +530,7 @@ template <typename T, class Shape> struct ffn_multiplier {
     {
         moe_fence_async_shared();
         sync();
-        if (thread == 0) {
+        if (thread < 32 && moe_elect()) {
 #pragma unroll
             for (int p = 0; p < PIECES; p++) {
                 const int c = (int)column + p * COLS;
@@ -453,6 +558,21 @@ template <typename T, class Shape> struct ffn_multiplier {
                 *reinterpret_cast<uint4 *>((T *)to + (row + r) * columns + c) = *reinterpret_cast<const uint4 *>(from);
         }
         sync(); // before the first thread gives the stage back, and says that all is in memory
+    }
+
+    // For a warpgroup that has nothing to do in an item: passes on its stages and those to borrow.
+    __device__ __forceinline__ void go_along(int stages)
+    {
+        if (borrowed >= 0)
+            give_back();
+        if (unsettled >= 0)
+            settle();
+#pragma unroll 1
+        for (int i = 0; i < stages; i++) {
+            wait_full();
+            release(stage.at);
+            stage.next(Shape::STAGES);
+        }
     }
 
     // GEMM 1: of each pair of eights of rows one is gate, one up.
@@ -514,21 +634,28 @@ template <typename T, class Shape> struct ffn_multiplier {
                 settle();
             if (!more)
                 break;
-            multiply_any<1, Shape::NMAX / MOE_ROW_STEP>((item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP,
-                                                        item.gemm2 ? blocks2 : blocks1, !Shape::ORDERED && !item.gemm2);
+            const int blocks = item.gemm2 ? blocks2 : blocks1;
+            const int rows = item.gemm2 ? args.hidden : 2 * args.intermediate; // of weights
+            if (item.idle || item.band * MOE_BAND_ROWS + half * MOE_PACKED_ROWS >= rows) {
+                go_along(blocks + (item.gemm2 ? Shape::BORROWED2 : Shape::BORROWED1));
+                if (!item.gemm2 && !item.idle)
+                    unsettled = item.tile;
+                continue;
+            }
+            multiply_any<1, Shape::NMAX / MOE_ROW_STEP>((item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP, blocks,
+                                                        !Shape::ORDERED && !item.gemm2);
             if (item.gemm2)
                 finish_down(item);
             else
                 finish_gated(item);
         }
-        if (thread == 0)
+        if (sender)
             moe_store_wait(); // shared memory is the block's only as long as it runs
     }
 };
 
-// The table of items, by the whole block; sums [warps]. Its last number is there for the first thread alone, which is
-// the one that asks for items.
-__device__ __forceinline__ void make_table(const moe_items &items, int32_t *first_tile, int32_t *sums)
+// The table of items, by the whole block; sums [warps].
+__device__ __forceinline__ void make_table(const moe_items &items, moe_item_entry *table, int32_t *sums)
 {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int32_t before = 0;
@@ -547,11 +674,11 @@ __device__ __forceinline__ void make_table(const moe_items &items, int32_t *firs
             before += sums[w];
         }
         if (entry < items.entries)
-            first_tile[entry] = sum;
+            table[entry] = {sum, items.offsets[entry << items.shift]};
+        if (threadIdx.x == 0)
+            table[items.entries] = {before, items.offsets[items.groups]};
         __syncthreads();
     }
-    if (threadIdx.x == 0)
-        first_tile[items.entries] = before;
 }
 
 template <typename T, class Shape>
@@ -562,13 +689,15 @@ __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_consta
     const uint32_t shared = moe_shared(ffn_memory);
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::STAGES; i++) {
-            moe_barrier_init(shared + Shape::FULL + i * 8, Shape::LOADERS + 1);
-            moe_barrier_init(shared + Shape::EMPTY + i * 8, MULTIPLIERS * WARPGROUP / 32);
+            moe_barrier_init(shared + Shape::FULL + i * 8, Shape::FILLERS);
+            moe_barrier_init(shared + Shape::EMPTY + i * 8, Shape::BLOCKS * MULTIPLIERS * WARPGROUP / 32);
         }
         for (int i = 0; i < SLOTS; i++) {
             moe_barrier_init(shared + Shape::SLOT_FULL + i * 8, 1);
-            moe_barrier_init(shared + Shape::SLOT_EMPTY + i * 8, Shape::LOADERS + MULTIPLIERS * WARPGROUP);
+            moe_barrier_init(shared + Shape::SLOT_EMPTY + i * 8, FFN_THREADS);
         }
+        for (int i = 0; i < NUMBERS; i++)
+            moe_barrier_init(shared + Shape::NUMBER_FULL + i * 8, 1);
         moe_barrier_init_done();
     }
     // Items begin with the first bands of the first group in use, two tiles side by side.
@@ -576,20 +705,30 @@ __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_consta
         moe_fetch_guess(args.w13, args.hidden, args.intermediate, args.items.groups, blockIdx.x * 2 + threadIdx.x / 32,
                         args.guess);
     __syncthreads();
+    if (Shape::PAIRED)
+        moe_cluster_arrive_relaxed();
     moe_grid_launch_dependents();
     moe_grid_wait();
-    const uint32_t next = threadIdx.x == 0 ? atomicAdd(args.taken, 1) : 0; // arrives while the table is made
-    make_table(args.items, reinterpret_cast<int32_t *>(ffn_memory + Shape::TABLE),
+    const int rank = Shape::PAIRED ? (int)moe_cluster_rank() : 0;
+    // Arrives while the table is made.
+    const uint32_t next = threadIdx.x == 0 && rank == 0 ? atomicAdd(args.taken, 1) : 0;
+    make_table(args.items, reinterpret_cast<moe_item_entry *>(ffn_memory + Shape::TABLE),
                reinterpret_cast<int32_t *>(ffn_memory + Shape::SUMS));
+
+    if (Shape::PAIRED)
+        moe_cluster_wait(); // the other block's barriers are there
 
     // 168 registers a thread at the start: what the loading warpgroup gives up the multiplying ones get.
     if (threadIdx.x < WARPGROUP) {
         moe_registers_less<56>();
-        if (threadIdx.x < Shape::LOADERS)
-            ffn_loader<T, Shape>{args, shared}.run(next);
+        ffn_loader<T, Shape>{args, shared, rank}.run(next);
     } else {
         moe_registers_more<224>();
         ffn_multiplier<T, Shape>(args, shared).run();
+    }
+    if (Shape::PAIRED) { // the other block's arrivals and copies come here as long as it runs
+        moe_cluster_arrive();
+        moe_cluster_wait();
     }
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 #error "built for 9.0 without its own instructions this kernel would do nothing: build for 90a"
