@@ -100,17 +100,18 @@ const char *moe_wgmma_tile_name(int32_t tile)
 }
 
 // By the rows that groups have on average. Large tiles of tokens need less of L2 for each product; the smaller one's
-// shorter stages and finished tiles suit the time when reading weights is what counts. That hides the gather, too: up
-// to some 190 rows, where the products take as long as reading their weights, there is nothing to save. Then, as long
-// as two tiles are enough for most groups, pairs of blocks read each weight once.
+// shorter stages and finished tiles suit the time when reading weights is what counts. That hides the gather, too,
+// until the first groups have two tiles. Then, as long as two are enough for most, pairs of blocks read each weight
+// once.
 int32_t moe_wgmma_tile(const struct moe_call *call)
 {
+    constexpr int SMALL = 80, ONE_TILE = 165, TWO_TILES = 320; // rows, as measured
     const int64_t rows = call->tokens * call->slots / call->plan.groups;
-    if (rows <= 80)
+    if (rows <= SMALL)
         return TILE_128;
-    if (rows < 192 || !ordering_pays(call))
+    if (rows < ONE_TILE || !ordering_pays(call))
         return TILE_192;
-    return rows <= 320 && blocks_of(call) > 1 ? TILE_192_PAIR : TILE_192_ROWS;
+    return rows <= TWO_TILES && blocks_of(call) > 1 ? TILE_192_PAIR : TILE_192_ROWS;
 }
 
 size_t moe_scratch_prefill_wgmma(const struct moe_call *call)
