@@ -12,7 +12,7 @@
 
 // ---- Barriers (those of ptx.cuh), as copies and blocks of this kind use them ----
 
-// A place in a ring of stages or notes, and the parity of the phase in which its barriers are used.
+// A place in a ring of stages or the like, and the parity of the phase in which its barriers are used.
 struct moe_ring_place {
     uint32_t at = 0, parity = 0;
 
@@ -36,7 +36,8 @@ static __device__ inline void moe_barrier_arrive_as(uint32_t barrier, uint32_t a
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Arrives at the barrier of the cluster's block of this number, which lies where `barrier` does in this one.
+// Arrives at the barrier of the cluster's block of this number, which lies where `barrier` does in this one. It says
+// that reads are over and hands on no writes: at the scope of a cluster it would be a membar of the whole GPU.
 static __device__ inline void moe_cluster_barrier_arrive(uint32_t barrier, uint32_t block, uint32_t arrivals = 1)
 {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
@@ -65,8 +66,8 @@ static __device__ inline void moe_named_sync(int barrier, int threads)
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// True for one lane of the warp, all of which call it. Other than with a comparison of numbers the compiler knows that
-// it is one, and does not turn each copy into a loop over the lanes.
+// True for one lane of the warp, all of which call it: always the same one. Other than with a comparison of numbers the
+// compiler knows that it is one, and does not turn each copy into a loop over the lanes.
 static __device__ __forceinline__ bool moe_elect()
 {
     uint32_t elected;

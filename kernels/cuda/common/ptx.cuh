@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The few instructions of compute capability 8.0 that have no intrinsic, and the two of 9.0 that let a kernel start
-// before the one ahead of it in the stream has finished (moe_launch).
+// The few instructions of compute capability 8.0 that have no intrinsic, and of 9.0 those that kernels for both use: an
+// early start (moe_launch), prefetches, clusters.
 #ifndef MOE_KERNELS_CUDA_COMMON_PTX_CUH
 #define MOE_KERNELS_CUDA_COMMON_PTX_CUH
 
@@ -133,6 +133,15 @@ static __device__ inline void moe_add_release(int32_t *p, int32_t v)
     asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
+// The same to two numbers at once, with one wait for what came before.
+static __device__ inline void moe_add_release_both(int32_t *p, int32_t *q, int32_t v)
+{
+    asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.s32 [%0], %2;\n"
+                 "red.relaxed.gpu.global.add.s32 [%1], %2;" ::"l"(p),
+                 "l"(q), "r"(v)
+                 : "memory");
+}
+
 // Four words, each of them whole, which need not be of the same moment. Not from a cache of the SM.
 static __device__ inline uint4 moe_load_relaxed(const uint4 *p)
 {
@@ -148,15 +157,6 @@ static __device__ inline uint4 moe_load_relaxed(const uint4 *p)
 static __device__ inline void moe_store_relaxed(uint4 *p, uint4 v)
 {
     asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
-}
-
-// The same to two numbers at once, with one wait for what came before.
-static __device__ inline void moe_add_release_both(int32_t *p, int32_t *q, int32_t v)
-{
-    asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.s32 [%0], %2;\n"
-                 "red.relaxed.gpu.global.add.s32 [%1], %2;" ::"l"(p),
-                 "l"(q), "r"(v)
                  : "memory");
 }
 

@@ -23,7 +23,7 @@ struct moe_decode_args {
     int32_t hidden, intermediate;
     int32_t most_log2; // tokens of a tile at most: a power of two, from 8 to MOE_DECODE_TOKENS
     int32_t workers;   // blocks of the grid
-    // Scratch memory; all but the sums are zero at first.
+    // Scratch memory; all but the sums are zero at first, `passed` for one token only.
     int32_t *taken;      // items so far
     int32_t *finished;   // [tiles]: how much of GEMM 1 is done of each tile
     int32_t *slot_state; // [workers][MOE_SLOT_PARTS]: of the slots' sums, how far they are

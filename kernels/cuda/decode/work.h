@@ -30,7 +30,7 @@ enum {
     MOE_WORK_EXCHANGE = 3,     /* blocks that are read while partial sums pass from one worker to another */
     MOE_WORK_DRIFT = 64,       /* blocks after which the first worker is one before the average, the last one behind */
     MOE_WORK_MOST_SPREAD = 64, /* blocks: so that places are numbers of 32 bits */
-    MOE_WORK_FALL_LOG2 = 10,
+    MOE_WORK_FALL_LOG2 = 10,   /* binary places of `fall` */
 };
 
 /* Items 0 to whole - 1 are bands; the others are pieces. */

@@ -24,8 +24,8 @@
 enum {
     MOE_BAND_ROWS = 2 * MOE_PACKED_ROWS, /* of weights */
     MOE_ROW_STEP = 16,                   /* rows of tokens are multiplied in multiples of this */
-    MOE_ITEM_PART = 16,
-    MOE_ITEM_TABLE = 256, /* entries at most */
+    MOE_ITEM_PART = 16,                  /* tiles of a group that go through its bands together */
+    MOE_ITEM_TABLE = 256,                /* entries at most */
 };
 
 /* Tiles and rows of all groups before an entry's. */
@@ -48,7 +48,7 @@ struct moe_items {
 
 struct moe_item {
     int32_t row;  /* the first of its rows in the plan */
-    int32_t rows; /* 1 to nmax; the kernel has 0 for: there are no more items */
+    int32_t rows; /* 1 to nmax; 0: nothing (moe_items_at), or in the kernel: there are no more items */
     int32_t tile, group, band;
     bool gemm2;
     bool shared; /* by two blocks: the other one has the same band */

@@ -11,8 +11,9 @@
 moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile);
 size_t moe_scratch_prefill_wgmma(const struct moe_call *call);
 
-// Names of the tiles, numbered from 1: the most tokens in one, and "rows" for those whose tokens are put into plan
-// order first. NULL past the last.
+// Names of the tiles, numbered from 1: the most tokens in one, "rows" for those whose tokens are put into plan order
+// first, "pair" where in addition two blocks of a cluster share weights; on one SM that runs as "rows". NULL past the
+// last.
 const char *moe_wgmma_tile_name(int32_t tile);
 // The tile for a call of this shape.
 int32_t moe_wgmma_tile(const struct moe_call *call);

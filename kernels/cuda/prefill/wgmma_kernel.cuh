@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The grouped GEMM of compute capability 9.0: one launch for both GEMMs of all groups.
 //
-// A block is three warpgroups. One loads: weights by bulk copies, rows of GEMM 2 by tensor copies, tokens of GEMM 1 row
-// by row through row_token, or where they have been put into plan order by tensor copies too. Two multiply: each has
-// 128 of an item's 256 weight rows, as the operand m, and all of its tokens, as n; so a tile of tokens wastes nothing
-// however few they are, up to a step of 16. Between them is a ring of stages in shared memory, 64 columns of both
-// operands each, which goes on from item to item without a pause.
+// A block is three warpgroups. One loads: weights by bulk copies, or by tensor copies where they are row-major, rows of
+// GEMM 2 by tensor copies, tokens of GEMM 1 row by row through row_token, or where they have been put into plan order
+// by tensor copies too. Two multiply: each has 128 of an item's 256 weight rows, as the operand m, and all of its
+// tokens, as n; so a tile of tokens wastes nothing however few they are, up to a step of 16. Between them is a ring of
+// stages in shared memory, 64 columns of both operands each, which goes on from item to item without a pause.
 //
 // What L2 can deliver, and the power that it takes, are the limit more than the tensor cores: hence the broad band of
 // weights, with as many sums as the registers hold.
@@ -18,8 +18,8 @@
 // tile's results come only when no copy reads its tokens any more: a multiplying warpgroup adds to the tile's counter
 // after it has waited for all the bytes of its item, the tokens' among them, and GEMM 2 of the tile begins with the
 // counter at its full number. So the reads are complete before the counter says so, and the stores, in whichever proxy,
-// follow from it. A copy may also read up to 15 rows of the next tile, which may just be changing: nobody keeps their
-// products.
+// follow from it. A copy may also read up to 15 rows of the next tile, which may just be changing, and a block that
+// only goes along (moe_item.idle) all of a tile whose counter it does not add to: nobody keeps their products.
 //
 // Where most groups have two tiles, their weights go through L2 twice, at a rate near all that it has. There clusters
 // of two blocks take an item together: each brings half of the weights, for both. So they go through the ring side by
@@ -95,6 +95,7 @@ template <int NMAX_, int STAGES_, bool ORDERED_, bool PAIRED_> struct ffn_shape 
     static constexpr int SUMS = TABLE + (MOE_ITEM_TABLE + 1) * sizeof(moe_item_entry);
     static constexpr int BYTES = SUMS + FFN_THREADS / 32 * 4;
     static_assert(STAGE % 1024 == 0 && NMAX % 64 == 0 && STAGES >= BORROWED2 + 2);
+    static_assert(STAGES < NUMBERS, "the second block may be two rings behind, two stages an item");
     static_assert(BYTES <= 227 * 1024, "a block of compute capability 9.0 has no more shared memory");
 };
 
@@ -146,7 +147,8 @@ struct weight_source {
         }
     }
 
-    // Of the tiles of a block of columns that of number m, for both blocks of a pair.
+    // Of the tiles of a block of columns that of number m, for both blocks of a pair. Few groups have a third tile: so
+    // as if they were read once.
     __device__ __forceinline__ void load_both(uint32_t to, int block, uint32_t barrier, int m) const
     {
         const int first = row + m * MOE_PACKED_ROWS;
@@ -319,8 +321,9 @@ template <typename T, class Shape> struct ffn_loader {
         }
     }
 
-    // Of a pair the first block takes items' numbers and sends them to the second. It is never NUMBERS ahead: it goes
-    // on only when the other block has multiplied what is a ring before, and an item has two stages at the least.
+    // Of a pair the first block takes items' numbers and sends them to the second. It is never NUMBERS ahead: its
+    // warp waits for one stage of each ring, so that the other block is less than two rings behind, and an item has two
+    // stages at the least.
     __device__ uint32_t number_full() const
     {
         return shared + Shape::NUMBER_FULL + number.at * 8;
@@ -354,7 +357,7 @@ template <typename T, class Shape> struct ffn_loader {
         const bool first = threadIdx.x == 0;
         moe_items items = args.items;
         items.table = table();
-        items.blocks = Shape::BLOCKS;
+        items.blocks = Shape::BLOCKS; // the same, known to the compiler
         if (Shape::ORDERED)
             moe_fence_async(); // what the kernel ahead stored comes before the tensor copies
         moe_item item;
@@ -557,7 +560,7 @@ template <typename T, class Shape> struct ffn_multiplier {
             if (c < columns)
                 *reinterpret_cast<uint4 *>((T *)to + (row + r) * columns + c) = *reinterpret_cast<const uint4 *>(from);
         }
-        sync(); // before the first thread gives the stage back, and says that all is in memory
+        sync(); // before the sender gives the stage back, and says that all is in memory
     }
 
     // For a warpgroup that has nothing to do in an item: passes on its stages and those to borrow.
