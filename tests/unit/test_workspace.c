@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* How much workspace `prefill` takes: little more than what lies between its two GEMMs and behind the second. Sizes are
- * arithmetic, so the device is made up. In a build without CUDA the path's own scratch memory counts for nothing. */
+/* How much workspace `prefill` takes: little more than what lies between its two GEMMs and behind the second; and that
+ * what is enough for many tokens is for fewer. Sizes are arithmetic, so the device is made up. In a build without CUDA
+ * the paths' own scratch memory counts for nothing. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -43,11 +44,16 @@ static uint64_t bound(const struct shape *s, int64_t tokens)
     return bytes + bytes / 10 + 8000000;
 }
 
-static uint64_t need(const moe_layer *layer, int64_t tokens, moe_dtype io_dtype)
+static uint64_t need_on(moe_path path, const moe_layer *layer, int64_t tokens, moe_dtype io_dtype)
 {
     struct moe_call call;
     moe_call_shape(&call, layer, tokens, layer->desc.top_k, io_dtype);
-    return moe_workspace_carve(&call, moe_path_info_get(MOE_PATH_PREFILL), NULL);
+    return moe_workspace_carve(&call, moe_path_info_get(path), NULL);
+}
+
+static uint64_t need(const moe_layer *layer, int64_t tokens, moe_dtype io_dtype)
+{
+    return need_on(MOE_PATH_PREFILL, layer, tokens, io_dtype);
 }
 
 static void prefill_stays_within_bound(void **state)
@@ -89,9 +95,29 @@ static void size_is_what_batches_need(void **state)
     }
 }
 
+/* On the decode path, where one token lies in memory in its own way. */
+static void few_need_no_more_than_many(void **state)
+{
+    (void)state;
+    if (moe_path_available(&gpu, MOE_PATH_DECODE, NULL, NULL, 0) != MOE_OK)
+        skip();
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        const moe_layer layer = make_layer(&shapes[i], MOE_LAYOUT_PACKED);
+        moe_limits limits = moe_limits_init();
+        size_t bytes;
+        limits.path = MOE_PATH_DECODE;
+        for (limits.max_tokens = 1; limits.max_tokens <= 512; limits.max_tokens++) {
+            assert_int_equal(moe_workspace_size(&layer, &limits, &bytes), MOE_OK);
+            for (int64_t tokens = 1; tokens <= limits.max_tokens; tokens = tokens * 3 / 2 + 1)
+                assert_true(need_on(MOE_PATH_DECODE, &layer, tokens, MOE_BF16) <= bytes);
+        }
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(prefill_stays_within_bound),
-                                       cmocka_unit_test(size_is_what_batches_need)};
+                                       cmocka_unit_test(size_is_what_batches_need),
+                                       cmocka_unit_test(few_need_no_more_than_many)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

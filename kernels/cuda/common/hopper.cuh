@@ -139,6 +139,7 @@ static __device__ inline void moe_tensor_load_5d(uint32_t to, const CUtensorMap 
                  : "memory");
 }
 
+// These two to both blocks, like moe_bulk_load_both().
 static __device__ inline void moe_tensor_load_3d_both(uint32_t to, const CUtensorMap *map, int c0, int c1, int c2,
                                                       uint32_t barrier)
 {

@@ -48,11 +48,10 @@ void moe_decode_prepare(const struct moe_call *call, moe_decode_args *args, size
     args->taken = (int32_t *)take(sizeof(int32_t));
     args->slot_state = (int32_t *)take((uint64_t)args->workers * MOE_SLOT_PARTS * sizeof(int32_t));
     args->finished = (int32_t *)take(moe_max_tiles(rows, args->groups, 1 << args->most_log2) * sizeof(int32_t));
-    // Room for one token's rows whatever the number of tokens: memory that is enough for many is enough for one.
-    const size_t counters = used;
-    void *const passed = take((uint64_t)call->slots * call->intermediate * moe_dtype_size(call->dtype));
-    args->passed = call->tokens == 1 ? passed : NULL;
-    *zeroed = call->tokens == 1 ? used : counters;
+    // No more than what two tokens need for their act: memory that is enough for many is enough for one.
+    const uint64_t act_bytes = (uint64_t)rows * call->intermediate * moe_dtype_size(call->dtype);
+    args->passed = call->tokens == 1 ? take(act_bytes) : NULL;
+    *zeroed = used;
     args->sums = (float *)take(((uint64_t)args->workers * MOE_PACKED_ROWS << args->most_log2) * sizeof(float));
     *bytes = used;
 }

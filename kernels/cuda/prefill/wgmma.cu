@@ -145,7 +145,7 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
     args.row_token = call->plan.plan.row_token;
     args.act = call->act;
     args.down = call->down;
-    args.taken = (int32_t *)call->scratch;
+    args.taken = (uint32_t *)call->scratch;
     args.all_finished = (int32_t *)((char *)call->scratch + COUNTER_BYTES / 2);
     args.finished = (int32_t *)((char *)call->scratch + COUNTER_BYTES);
     args.items = shape;
@@ -178,7 +178,6 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
     }
     if (status != MOE_OK)
         return status;
-    const unsigned together = (unsigned)chosen.blocks,
-                   grid = together * moe_grid(items, blocks_of(call) / together, 0, 1);
+    const unsigned grid = chosen.blocks * moe_grid(items, blocks_of(call) / chosen.blocks, call->exec->sms, 1);
     return (call->dtype == MOE_F16 ? chosen.f16 : chosen.bf16)(args, grid, dependent, stream, call->error);
 }

@@ -51,7 +51,7 @@ struct ffn_args {
     const int32_t *row_token;      // [R]
     void *act, *down;              // [R][I], [R][H]
     const char *w13, *w2;          // packed; NULL: row-major
-    int32_t *taken;                // items so far; zero at the start. Blocks that find none left count on
+    uint32_t *taken;               // items so far; zero at the start. Blocks that find none left count on
     int32_t *finished;             // [tiles]: how much of GEMM 1 is done of each; zero at the start
     int32_t *all_finished;         // the sum of those
     moe_items items;               // without the table
