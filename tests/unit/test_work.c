@@ -187,7 +187,8 @@ static void check_cut(void)
 /* all: every whole band; else some of them. */
 static void check(int32_t bands, int32_t blocks, bool all)
 {
-    const struct moe_work made = moe_work_make(bands, blocks, workers, before);
+    const struct moe_work_gemm gemm = moe_work_gemm_make(blocks, workers, before);
+    const struct moe_work made = moe_work_make(&gemm, bands);
     work = &made;
     CHECK(work->bands == bands && work->blocks == blocks);
     CHECK(moe_work_items(work) == work->whole + work->pieces);

@@ -36,6 +36,18 @@ static __device__ inline int moe_thread_again()
     return thread;
 }
 
+// A kernel's parameter, the same in all lanes, in a register from here on: through a shuffle, of whose result the
+// compiler knows nothing. Otherwise it would be read where it is used, from constant memory. By a whole warp.
+static __device__ __forceinline__ void moe_read_now(int32_t &v)
+{
+    v = __shfl_sync(0xffffffffu, v, 0);
+}
+
+static __device__ __forceinline__ void moe_read_now(uint32_t &v)
+{
+    v = __shfl_sync(0xffffffffu, v, 0);
+}
+
 // Starts to bring `bytes` from p on (both multiples of 16) into L2. As it changes nothing and returns nothing, it may
 // come before moe_grid_wait(). Nothing happens below 9.0, where kernels never start early.
 static __device__ inline void moe_prefetch_l2(const void *p, uint32_t bytes)
@@ -140,6 +152,15 @@ static __device__ inline void moe_add_release_both(int32_t *p, int32_t *q, int32
                  "red.relaxed.gpu.global.add.s32 [%1], %2;" ::"l"(p),
                  "l"(q), "r"(v)
                  : "memory");
+}
+
+// Adds v to *p and returns what it was. An atomicAdd() by one lane the compiler may make one for all lanes, with a
+// shuffle that waits for the result at once; of this it waits where the result is used.
+static __device__ inline uint32_t moe_fetch_add(uint32_t *p, uint32_t v)
+{
+    uint32_t before;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(v) : "memory");
+    return before;
 }
 
 // Four words, each of them whole, which need not be of the same moment. Not from a cache of the SM.

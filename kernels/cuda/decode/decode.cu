@@ -18,6 +18,12 @@ size_t aligned(uint64_t bytes)
     return (bytes + 255) / 256 * 256;
 }
 
+moe_decode_gemm gemm_of(int64_t rows, int64_t cols, int32_t workers, int32_t before)
+{
+    const int32_t bands = (int32_t)moe_ceil_div(rows, MOE_PACKED_ROWS), blocks = (int32_t)moe_packed_blocks(cols);
+    return {moe_work_gemm_make(blocks, workers, before), bands, moe_divisor_make(bands)};
+}
+
 } // namespace
 
 void moe_decode_prepare(const struct moe_call *call, moe_decode_args *args, size_t *bytes, size_t *zeroed)
@@ -114,5 +120,7 @@ moe_status moe_ffn_decode(const struct moe_call *call)
         return moe_fail(call->error, MOE_ERROR_UNSUPPORTED,
                         "path 'decode': %lld tokens in a layer of %lld x %lld are too many: split the batch",
                         (long long)call->tokens, (long long)call->hidden, (long long)call->intermediate);
+    args.gemm[0] = gemm_of(2 * call->intermediate, call->hidden, args.workers, 0);
+    args.gemm[1] = gemm_of(call->hidden, call->intermediate, args.workers, 2); // GEMM 1 reads twice as much
     return config == MMA ? moe_ffn_decode_mma(call, args) : moe_ffn_decode_wgmma(call, args);
 }

@@ -9,22 +9,32 @@
 #ifndef MOE_KERNELS_CUDA_DECODE_DECODE_CUH
 #define MOE_KERNELS_CUDA_DECODE_DECODE_CUH
 
+#include "kernels/cuda/common/ptx.cuh"
 #include "kernels/cuda/common/scan.cuh"
 #include "kernels/cuda/decode/work.h"
 #include "kernels/kernels.h"
 
+// A GEMM, as the walk through its bands needs to know it. By the host.
+struct moe_decode_gemm {
+    moe_work_gemm work;
+    int32_t bands; // of a tile
+    moe_divisor by_bands;
+};
+
+// What the walk needs first comes first, in as few lines of the cache for constants as can be.
 struct moe_decode_args {
+    const int32_t *offsets; // [groups + 1]
+    int32_t *taken;         // items so far
+    int32_t groups;
+    int32_t most_log2; // tokens of a tile at most: a power of two, from 8 to MOE_DECODE_TOKENS
+    moe_decode_gemm gemm[2];
+    int32_t hidden, intermediate;
+    int32_t workers;          // blocks of the grid
     const void *x;            // [T][H]
     const int32_t *row_token; // [R]
     void *act, *down;         // [R][I], [R][H], in the layer's dtype
     const char *w13, *w2;     // packed or row-major
-    const int32_t *offsets;   // [groups + 1]
-    int32_t groups;
-    int32_t hidden, intermediate;
-    int32_t most_log2; // tokens of a tile at most: a power of two, from 8 to MOE_DECODE_TOKENS
-    int32_t workers;   // blocks of the grid
-    // Scratch memory; all but the sums are zero at first, `passed` for one token only.
-    int32_t *taken;      // items so far
+    // Scratch memory, as is `taken`; all but the sums are zero at first, `passed` for one token only.
     int32_t *finished;   // [tiles]: how much of GEMM 1 is done of each tile
     int32_t *slot_state; // [workers][MOE_SLOT_PARTS]: of the slots' sums, how far they are
     void *passed;        // [R][I], of one token's rows; NULL: of more tokens. Beside act, for who looks for results
@@ -38,8 +48,8 @@ constexpr int MOE_DECODE_TOKENS = 128; // of a tile at most
 constexpr int MOE_SLOT_PARTS = 2;
 enum { MOE_SLOT_FREE, MOE_SLOT_SUM1, MOE_SLOT_READ1, MOE_SLOT_SUM2 };
 
-// Fills args for this call. *bytes: what it takes of scratch memory; *zeroed: how much of that, from the beginning,
-// must be zero. With scratch NULL only counts.
+// Fills args for this call, all but `gemm`. *bytes: what it takes of scratch memory; *zeroed: how much of that, from
+// the beginning, must be zero. With scratch NULL only counts.
 void moe_decode_prepare(const struct moe_call *call, moe_decode_args *args, size_t *bytes, size_t *zeroed);
 
 #ifdef __CUDACC__
@@ -57,86 +67,135 @@ struct alignas(16) moe_decode_task {
     int32_t slot_free;                   // the state in which own_slot can be written to
 };
 
-// Where a group begins: how many tiles and rows there are before it.
-struct alignas(8) moe_decode_group {
-    int32_t tile, row;
+// Where a tile is to be found. As long as no group has more than one (`single`), there is a place for each tile:
+// `number` is its group. Otherwise there is one for each group: `number` is how many tiles there are before it. The
+// last place is the end of all.
+struct alignas(8) moe_decode_place {
+    int32_t number, row;
 };
 
-// Fills list[0] to list[groups], in shared memory; by one warp, which alone needs to know. Returns the tokens of the
-// largest tile. Everything waits for this and what comes after it, in a kernel whose instructions are not in any cache
-// yet: so it is few instructions.
-static __device__ inline int32_t moe_decode_groups(const moe_decode_args &args, moe_decode_group *list)
+// By each warp, before it reads or writes what other kernels do.
+static __device__ __forceinline__ void moe_decode_await_plan()
 {
-    constexpr unsigned ALL_LANES = 0xffffffffu;
-    constexpr int EACH = 4; // groups of a lane, which follow each other
-    const int lane = threadIdx.x % 32, most = 1 << args.most_log2;
-    int32_t before = 0, largest = 0;
-#pragma unroll 1
-    for (int g0 = 0; g0 < args.groups; g0 += 32 * EACH) {
-        const int g = g0 + lane * EACH;
-        int32_t offset[EACH + 1], own[EACH + 1], sum = 0;
-#pragma unroll
-        for (int i = 0; i <= EACH; i++)
-            offset[i] = args.offsets[min(g + i, args.groups)];
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const int32_t rows = offset[i + 1] - offset[i];
-            largest = max(largest, min(rows, most));
-            own[i] = sum;
-            sum += (rows + most - 1) >> args.most_log2;
-        }
-        own[EACH] = sum;
-        const int32_t inclusive = moe_scan_warp(sum);
-        const int32_t first = before + inclusive - sum;
-        // The last lane also writes where the next one would begin, which may be the list's end.
-#pragma unroll
-        for (int i = 0; i <= EACH; i++)
-            if (g + i <= args.groups && (i < EACH || lane == 31))
-                list[g + i] = {first + own[i], offset[i]};
-        before += __shfl_sync(ALL_LANES, inclusive, 31);
-    }
-    __syncwarp();
-    return __reduce_max_sync(ALL_LANES, largest);
+    moe_grid_wait();
+    moe_grid_launch_dependents(); // the plan is complete when the next kernel starts
 }
 
-// A block's way through its tasks, which one warp goes. Its first thread's number is a constant: of an addition by a
-// lane of this number or that the compiler would make one for all lanes, with a shuffle that waits for the result at
-// once.
+// A block's way through its tasks, which one warp goes. Everything waits for its first steps, from the plan on: so
+// they are few instructions, and what they need is in registers by then. Its first thread's number is a constant: of
+// an addition by a lane of this number or that the compiler would make one for all lanes, with a shuffle that waits for
+// the result at once.
 template <int FIRST_THREAD> struct moe_decode_walk {
+    static constexpr unsigned ALL_LANES = 0xffffffffu;
     const moe_decode_args &args;
-    const moe_decode_group *list;
-    int32_t bands1, bands2; // of a tile
-    moe_work work1, work2;
-    int32_t items1, items = INT32_MAX; // work2 is only made when it is come to
+    moe_decode_place *const list; // [groups + 1], in shared memory
+    const int lane = threadIdx.x % 32;
+    moe_decode_gemm gemm; // in which it is
+    moe_work work;
+    int32_t gemm2 = 0;
+    int32_t tiles;
+    bool single;
+    int32_t first = 0, items; // the GEMM's first item, and where they end
     int32_t item, at = 0;
 
-    static __device__ __forceinline__ int32_t take(const moe_decode_args &args)
+    // Before moe_decode_await_plan().
+    __device__ __forceinline__ moe_decode_walk(const moe_decode_args &a, moe_decode_place *places)
+        : args(a), list(places), gemm(a.gemm[0])
+    {
+        moe_read_now(gemm.work.blocks);
+        moe_read_now(gemm.work.workers);
+        moe_read_now(gemm.work.before);
+        moe_read_now(gemm.work.most_over);
+        moe_read_now(gemm.work.by_blocks.magic);
+        moe_read_now(gemm.work.by_blocks.shift);
+        moe_read_now(gemm.work.by_workers.magic);
+        moe_read_now(gemm.work.by_workers.shift);
+        moe_read_now(gemm.bands);
+        moe_read_now(gemm.by_bands.magic);
+        moe_read_now(gemm.by_bands.shift);
+    }
+
+    // After it. Returns the tokens of the largest tile.
+    __device__ __forceinline__ int32_t start()
+    {
+        const int32_t most = 1 << args.most_log2;
+        const int32_t mine = take();
+        int32_t largest = find_tiles<true>();
+        single = !__any_sync(ALL_LANES, largest > most);
+        if (__builtin_expect(!single, 0))
+            largest = min(find_tiles<false>(), most);
+        largest = __reduce_max_sync(ALL_LANES, largest);
+        begin();
+        item = __shfl_sync(ALL_LANES, mine, 0);
+        return largest;
+    }
+
+    __device__ __forceinline__ int32_t take()
     {
         return threadIdx.x == FIRST_THREAD ? atomicAdd(args.taken, 1) : 0;
     }
 
-    // `taken`: the first item, from take().
-    __device__ moe_decode_walk(const moe_decode_args &a, const moe_decode_group *groups, int32_t taken)
-        : args(a), list(groups)
+    __device__ __forceinline__ void begin()
     {
-        bands1 = (2 * args.intermediate + MOE_PACKED_ROWS - 1) / MOE_PACKED_ROWS;
-        bands2 = (args.hidden + MOE_PACKED_ROWS - 1) / MOE_PACKED_ROWS;
-        work1 =
-            moe_work_make(list[args.groups].tile * bands1, (int32_t)moe_packed_blocks(args.hidden), args.workers, 0);
-        items1 = moe_work_items(&work1);
-        item = __shfl_sync(0xffffffffu, taken, 0);
+        work = moe_work_make(&gemm.work, tiles * gemm.bands);
+        items = first + moe_work_items(&work);
     }
 
-    // The last group whose first band is not past this one.
-    __device__ int group_of(int32_t band, int32_t bands) const
+    // Fills the list and counts the tiles, of which there is one for each group that has rows, if SINGLE. Returns the
+    // rows of the largest of this lane's groups.
+    static constexpr int EACH = 4; // groups of a lane, which follow each other
+    template <bool SINGLE> __device__ __forceinline__ int32_t find_tiles()
     {
-        const int lane = threadIdx.x % 32;
+        const int32_t groups = args.groups, end = args.offsets[groups];
+        const int32_t *from = args.offsets + lane * EACH;
+        int32_t largest = 0;
+        tiles = 0;
+#pragma unroll 1
+        for (int g = lane * EACH; g - lane * EACH < groups; g += 32 * EACH, from += 32 * EACH) {
+            int32_t offset[EACH + 1], own[EACH], sum = 0, place = tiles;
+#pragma unroll
+            for (int i = 0; i <= EACH; i++)
+                offset[i] = g + i <= groups ? from[i] : 0;
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const int32_t rows = offset[i + 1] - offset[i]; // past the last group none, or less
+                largest = max(largest, rows);
+                own[i] = SINGLE ? rows > 0 : (max(rows, 0) + (1 << args.most_log2) - 1) >> args.most_log2;
+                sum += own[i];
+            }
+            if (SINGLE) { // numbers below 8: three words of bits are there sooner than five shuffles
+                tiles += __reduce_add_sync(ALL_LANES, sum);
+#pragma unroll
+                for (int bit = 1; bit <= EACH; bit *= 2)
+                    place += __popc(__ballot_sync(ALL_LANES, sum & bit) & ((1u << lane) - 1)) * bit;
+            } else {
+                const int32_t inclusive = moe_scan_warp(sum);
+                tiles += __shfl_sync(ALL_LANES, inclusive, 31);
+                place += inclusive - sum;
+            }
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                if (SINGLE && own[i] > 0)
+                    list[place] = {g + i, offset[i]};
+                if (!SINGLE && g + i < groups)
+                    list[g + i] = {place, offset[i]};
+                place += own[i];
+            }
+        }
+        list[SINGLE ? tiles : groups] = {tiles, end};
+        __syncwarp();
+        return largest;
+    }
+
+    // The last group whose first tile is not past this one.
+    __device__ int group_of(int32_t tile) const
+    {
         static_assert(MOE_MAX_EXPERTS <= 32 * 1024, "three steps find any group");
         int g = 0;
         for (int step = args.groups > 1024 ? 1024 : args.groups > 32 ? 32 : 1; step > 0; step /= 32) {
             const int at = g + lane * step;
-            const bool before = at < args.groups && list[at].tile * bands <= band;
-            g += (__popc(__ballot_sync(0xffffffffu, before)) - 1) * step;
+            const bool before = at < args.groups && list[at].number <= tile;
+            g += (__popc(__ballot_sync(ALL_LANES, before)) - 1) * step;
         }
         return g;
     }
@@ -148,46 +207,56 @@ template <int FIRST_THREAD> struct moe_decode_walk {
         moe_task t;
         for (;;) {
             task.rows = 0;
-            task.gemm2 = item >= items1;
-            if (task.gemm2 && items == INT32_MAX) { // GEMM 1 reads twice as much
-                work2 = moe_work_make(list[args.groups].tile * bands2, (int32_t)moe_packed_blocks(args.intermediate),
-                                      args.workers, 2);
-                items = items1 + moe_work_items(&work2);
+            if (__builtin_expect(item >= items, 0)) {
+                if (gemm2)
+                    return;
+                gemm2 = 1;
+                gemm = args.gemm[1];
+                first = items;
+                begin();
+                continue;
             }
-            if (item >= items)
-                return;
-            const moe_work work = task.gemm2 ? work2 : work1;
-            if (moe_work_task(&work, task.gemm2 ? item - items1 : item, at, &t))
+            if (moe_work_task(&work, item - first, at, &t))
                 break;
             at = 0;
             wait();
-            item = __shfl_sync(0xffffffffu, take(args), 0);
+            item = __shfl_sync(ALL_LANES, take(), 0);
         }
         at++;
-        const int32_t bands = task.gemm2 ? bands2 : bands1;
-        const int g = group_of(t.band, bands);
-        const moe_decode_group group = list[g], after = list[g + 1];
-        const int32_t rows = after.row - group.row, tiles = after.tile - group.tile;
-        const int32_t in_group = t.band - group.tile * bands;
-        int32_t band = in_group, mine = 0, size = rows, longer = 0; // the first `longer` tiles have one row more
-        if (tiles > 1) {
-            band = in_group / tiles;
-            mine = in_group - band * tiles;
-            size = rows / tiles;
-            longer = rows - size * tiles;
+        const int32_t tile = moe_divide(t.band, gemm.by_bands); // where a group has one
+        if (__builtin_expect(single, 1)) {
+            const moe_decode_place place = list[tile];
+            task.row = place.row;
+            task.rows = list[tile + 1].row - place.row;
+            task.tile = tile;
+            task.group = place.number;
+            task.band = t.band - tile * gemm.bands;
+        } else {
+            const int g = group_of(tile);
+            const moe_decode_place place = list[g], after = list[g + 1];
+            const int32_t rows = after.row - place.row, count = after.number - place.number; // of tiles
+            const int32_t in_group = t.band - place.number * gemm.bands;
+            const int32_t band = in_group / count, mine = in_group - band * count;
+            const int32_t size = rows / count, longer = rows - size * count; // so many tiles have one row more
+            task.row = place.row + mine * size + (mine < longer ? mine : longer);
+            task.rows = size + (mine < longer);
+            task.tile = place.number + mine;
+            task.group = g;
+            task.band = band;
         }
-        task.row = group.row + mine * size + (mine < longer ? mine : longer);
-        task.rows = size + (mine < longer);
-        task.tile = group.tile + mine;
-        task.group = g;
-        task.band = band;
         task.begin = t.begin;
         task.end = t.end;
+        task.gemm2 = gemm2;
         task.first_slot = t.first_slot;
         task.slots = t.slots;
         task.own_slot = t.own_slot;
         // Before GEMM 2 leaves sums where GEMM 1 did those must have been read.
-        task.slot_free = task.gemm2 && moe_work_leaves(&work1, t.own_slot) ? MOE_SLOT_READ1 : MOE_SLOT_FREE;
+        task.slot_free = MOE_SLOT_FREE;
+        if (__builtin_expect(gemm2 && t.own_slot >= 0, 0)) {
+            const moe_work work1 = moe_work_make(&args.gemm[0].work, tiles * args.gemm[0].bands);
+            if (moe_work_leaves(&work1, t.own_slot))
+                task.slot_free = MOE_SLOT_READ1;
+        }
     }
 };
 

@@ -46,7 +46,7 @@ constexpr int UNDER_WAY = 6;
 // Tasks that the walking warp may be ahead of the last of the others.
 constexpr int NOTES = 8;
 
-// Shared memory: barriers, notes, tokens of the largest tile, the list of groups, and from the next multiple of 128 on
+// Shared memory: barriers, notes, tokens of the largest tile, the list of places, and from the next multiple of 128 on
 // the ring.
 constexpr int FULL = 0, EMPTY = FULL + MAX_STAGES * 8;
 constexpr int NOTE_FULL = EMPTY + MAX_STAGES * 8, NOTE_EMPTY = NOTE_FULL + NOTES * 8, BEGUN = NOTE_EMPTY + NOTES * 8;
@@ -56,7 +56,7 @@ constexpr int GROUPS = (LARGEST + 4 + 7) / 8 * 8;
 
 __host__ __device__ constexpr int ring_begin(int groups)
 {
-    return (GROUPS + (groups + 1) * (int)sizeof(moe_decode_group) + 127) / 128 * 128;
+    return (GROUPS + (groups + 1) * (int)sizeof(moe_decode_place) + 127) / 128 * 128;
 }
 
 constexpr int LEAST_BYTES = ring_begin(MOE_MAX_EXPERTS) + LEAST_STAGES * (TILE_BYTES + MOST * ROW_BYTES);
@@ -81,9 +81,9 @@ __device__ inline int32_t &largest_tile()
     return *reinterpret_cast<int32_t *>(memory() + LARGEST);
 }
 
-__device__ inline moe_decode_group *groups()
+__device__ inline moe_decode_place *places()
 {
-    return reinterpret_cast<moe_decode_group *>(memory() + GROUPS);
+    return reinterpret_cast<moe_decode_place *>(memory() + GROUPS);
 }
 
 __device__ inline uint32_t barrier(int offset)
@@ -178,10 +178,9 @@ struct follower {
 
 // A task is looked for when the weights of the one before it begin to be brought, no earlier: items are there for those
 // blocks that have time for them.
-__device__ void walk_tasks(const mma_args &args, int32_t taken)
+__device__ __forceinline__ void walk_tasks(moe_decode_walk<FOLLOWERS> &walk)
 {
     const bool first_lane = threadIdx.x % 32 == 0;
-    moe_decode_walk<FOLLOWERS> walk(args.decode, groups(), taken);
     for (note_place note;; note.number++) {
         moe_decode_task task;
         walk.next(task, [] {});
@@ -292,8 +291,7 @@ struct token_loader : follower {
         }
         if (task.gemm2) {
             // Each thread looks for itself, so that its copies read what the multiplying warps have stored.
-            const int32_t bands1 = (2 * d.intermediate + MOE_PACKED_ROWS - 1) / MOE_PACKED_ROWS;
-            while (moe_load_acquire(d.finished + task.tile) < WARPS * bands1)
+            while (moe_load_acquire(d.finished + task.tile) < WARPS * d.gemm[0].bands)
                 ;
         }
 
@@ -573,7 +571,6 @@ template <typename T> struct multiplier : follower {
 
 template <typename T> __global__ void __launch_bounds__(THREADS, 1) mma_kernel(const __grid_constant__ mma_args args)
 {
-    const bool walks = threadIdx.x >= FOLLOWERS;
     if (threadIdx.x == 0) {
         for (int i = 0; i < MAX_STAGES; i++) {
             moe_barrier_init(barrier(FULL) + i * 8, WEIGHT_LOADERS + TOKEN_LOADERS);
@@ -585,13 +582,10 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 1) mma_kernel(c
         }
         moe_barrier_init(barrier(BEGUN), 1);
     }
-    moe_grid_wait();
-    moe_grid_launch_dependents(); // the plan is complete when the next kernel starts
-
-    int32_t taken = 0;
-    if (walks) {
-        taken = moe_decode_walk<FOLLOWERS>::take(args.decode);
-        const int32_t largest = moe_decode_groups(args.decode, groups());
+    moe_decode_walk<FOLLOWERS> walk(args.decode, places());
+    moe_decode_await_plan();
+    if (threadIdx.x >= FOLLOWERS) {
+        const int32_t largest = walk.start();
         if (threadIdx.x % 32 == 0)
             largest_tile() = largest;
     }
@@ -608,7 +602,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 1) mma_kernel(c
     else if (threadIdx.x < FOLLOWERS)
         token_loader(args, stages_of).run();
     else
-        walk_tasks(args, taken);
+        walk_tasks(walk);
 }
 
 template <typename T> moe_status launch(const struct moe_call *call, const mma_args &args)

@@ -24,14 +24,6 @@
 namespace
 {
 
-struct wgmma_args {
-    moe_decode_args decode;
-    CUtensorMap w13_rows, w2_rows; // row-major weights, in the order of the packed layout
-    int packed;
-    int32_t guess; // tiles of a band to fetch before the routing is known
-    int32_t ring_bytes;
-};
-
 constexpr int WARPGROUP = 128, MULTIPLIERS = 2; // warpgroups
 static_assert(MULTIPLIERS == MOE_SLOT_PARTS, "each sees to its part of a slot");
 constexpr int LOADERS = WARPGROUP; // threads that bring tokens: the first ones
@@ -61,18 +53,51 @@ struct alignas(16) mail {
     int32_t value, slots;
 };
 
-// Shared memory: barriers, notes, mails, the largest tile, the blocks asked for, the list of groups, and from
+// Shared memory: barriers, notes, mails, the largest tile, the blocks asked for, the list of places, and from
 // the next multiple of 1024 on the finished tiles of both multiplying warpgroups, then the ring.
 constexpr int WEIGHTS_FULL = 0, TOKENS_FULL = WEIGHTS_FULL + MAX_STAGES * 8, EMPTY = TOKENS_FULL + MAX_STAGES * 8;
 constexpr int NOTE_FULL = EMPTY + MAX_STAGES * 8, NOTE_EMPTY = NOTE_FULL + NOTES * 8;
 constexpr int MAIL_FULL = NOTE_EMPTY + NOTES * 8, MAIL_EMPTY = MAIL_FULL + MULTIPLIERS * MAILS * 8;
-constexpr int NOTE = (MAIL_EMPTY + MULTIPLIERS * MAILS * 8 + 15) / 16 * 16;
+constexpr int MEASURED = MAIL_EMPTY + MULTIPLIERS * MAILS * 8, NOTE = (MEASURED + 8 + 15) / 16 * 16;
 constexpr int MAIL = NOTE + NOTES * sizeof(moe_decode_task);
-constexpr int LARGEST = MAIL + MULTIPLIERS * MAILS * sizeof(mail), ASKED = LARGEST + 4, GROUPS = ASKED + 4;
+constexpr int LARGEST = MAIL + MULTIPLIERS * MAILS * sizeof(mail), ASKED = LARGEST + 4, PLACES = ASKED + 4;
+
+// Widths of tiles, in tokens: 8, or a multiple of 16. A stage's tokens are multiplied by so many.
+constexpr int WIDTHS = MOST / 16 + 1;
+
+__host__ __device__ constexpr int width_of(int rows)
+{
+    return rows <= 8 ? 0 : (rows + 15) / 16;
+}
+
+__host__ __device__ constexpr int tokens_of(int width)
+{
+    return width == 0 ? 8 : width * 16;
+}
+
+// A GEMM's packed weights, as they are copied. Places are counted in halves of a tile: in 32 bits, up to 32 TB.
+constexpr uint32_t HALF_BYTES = TILE_BYTES / 2;
+
+struct band_weights {
+    const char *data;
+    uint32_t expert, band; // halves from one to the next
+    int32_t last;          // band of an expert
+    uint32_t last_bytes;   // of a block of that
+};
+
+struct wgmma_args {
+    moe_decode_args decode;
+    band_weights weights[2];
+    CUtensorMap w13_rows, w2_rows; // row-major weights, in the order of the packed layout
+    int packed;
+    int32_t guess; // tiles of a band to fetch before the routing is known
+    int32_t ring_begin;
+    uint8_t stages[WIDTHS]; // of a ring, for tiles of each width
+};
 
 __host__ __device__ constexpr int ring_begin(int groups)
 {
-    return (GROUPS + (groups + 1) * (int)sizeof(moe_decode_group) + 1023) / 1024 * 1024;
+    return (PLACES + (groups + 1) * (int)sizeof(moe_decode_place) + 1023) / 1024 * 1024;
 }
 
 static_assert((227 * 1024 - ring_begin(MOE_MAX_EXPERTS) - MULTIPLIERS * MOST * ROW_BYTES) /
@@ -93,7 +118,7 @@ struct follower {
     const wgmma_args &args;
     const uint32_t shared; // the block's memory
     moe_ring_place stage, note;
-    uint32_t stages = 0, stage_bytes;
+    uint32_t stages, stage_bytes;
     uint32_t ring;  // the first stage
     uint32_t piece; // a finished tile's bytes, one to a multiplying warpgroup, right before the ring
 
@@ -101,18 +126,16 @@ struct follower {
     {
     }
 
-    // The ring's measures follow from the largest tile, which the walker has found when the first note comes. A stage's
-    // tokens are multiplied in eights, or in sixteens from there on.
+    // The ring's measures follow from the largest tile, which the walker has found before it looks for the first task.
     __device__ __forceinline__ void measure()
     {
+        moe_barrier_wait(shared + MEASURED, 0);
         const int32_t largest = *reinterpret_cast<const int32_t *>(__cvta_shared_to_generic(shared + LARGEST));
-        const uint32_t tokens = largest <= 8 ? 8 : (largest + 15) / 16 * 16;
-        piece = tokens * ROW_BYTES;
-        ring = shared + ring_begin(args.decode.groups) + MULTIPLIERS * piece;
+        const uint32_t width = width_of(largest);
+        piece = tokens_of(width) * ROW_BYTES;
+        ring = shared + args.ring_begin + MULTIPLIERS * piece;
         stage_bytes = TILE_BYTES + piece;
-        // Never too many: the numbers are far from what this quotient cannot tell apart.
-        const float fit = __fdividef((float)(args.ring_bytes - MULTIPLIERS * piece), (float)stage_bytes);
-        stages = min((uint32_t)MAX_STAGES, (uint32_t)fit);
+        stages = args.stages[width];
     }
 
     __device__ uint32_t weights() const
@@ -156,8 +179,6 @@ struct follower {
     {
         moe_barrier_wait(shared + NOTE_FULL + note.at * 8, note.parity);
         task = *note_at();
-        if (stages == 0)
-            measure();
         __syncwarp();
         if (threadIdx.x % 32 == 0)
             moe_barrier_arrive(shared + NOTE_EMPTY + note.at * 8);
@@ -176,12 +197,14 @@ struct walker : follower {
     __device__ void run()
     {
         const bool first = threadIdx.x % 32 == 0;
-        moe_decode_group *groups = reinterpret_cast<moe_decode_group *>(__cvta_shared_to_generic(shared + GROUPS));
-        const int32_t taken = task_walk::take(args.decode);
-        const int32_t largest = moe_decode_groups(args.decode, groups);
-        if (first)
+        moe_decode_place *places = reinterpret_cast<moe_decode_place *>(__cvta_shared_to_generic(shared + PLACES));
+        task_walk walk(args.decode, places);
+        moe_decode_await_plan();
+        const int32_t largest = walk.start();
+        if (first) {
             *reinterpret_cast<int32_t *>(__cvta_shared_to_generic(shared + LARGEST)) = largest;
-        task_walk walk(args.decode, groups, taken);
+            moe_barrier_arrive(shared + MEASURED);
+        }
         moe_decode_task task;
         for (int32_t told = 0;; told += task.end - task.begin) { // blocks
             walk.next(task, [&] {
@@ -210,18 +233,18 @@ struct weight_loader : follower {
     uint32_t under_way = 0; // how many these are
     uint32_t early = 0;     // stages filled for GEMM 2, up to the whole ring
     const uint64_t policy = moe_policy_once();
+    band_weights source = args.weights[0]; // of the GEMM that the tasks have come to
 
     __device__ __forceinline__ void load(const moe_decode_task &task)
     {
-        const moe_decode_args &d = args.decode;
-        const int64_t rows = task.gemm2 ? d.hidden : 2 * (int64_t)d.intermediate;
-        const int64_t cols = task.gemm2 ? d.intermediate : d.hidden;
+        if (task.gemm2)
+            source = args.weights[1];
         const int first = task.band * MOE_PACKED_ROWS;
-        const int64_t left = moe_packed_rows(rows) - first;
         // A box through a tensor map is whole always, what is past the end being zeros.
-        const uint32_t bytes = left >= MOE_PACKED_ROWS || !args.packed ? TILE_BYTES : (uint32_t)left * ROW_BYTES;
-        const char *from = (task.gemm2 ? d.w2 : d.w13) + task.group * moe_packed_expert_bytes(rows, cols) +
-                           task.band * (moe_packed_blocks(cols) * TILE_BYTES) + (int64_t)task.begin * bytes;
+        const uint32_t bytes = task.band == source.last ? source.last_bytes : TILE_BYTES;
+        const uint32_t halves =
+            task.group * source.expert + task.band * source.band + task.begin * (bytes / HALF_BYTES);
+        const char *from = source.data + (uint64_t)halves * HALF_BYTES;
 #pragma unroll 1
         for (int block = task.begin; block < task.end; block++) {
             const bool is_early = task.gemm2 && early < stages;
@@ -252,6 +275,7 @@ struct weight_loader : follower {
     __device__ void run()
     {
         moe_decode_task task;
+        measure();
         while (next(task))
             load(task);
     }
@@ -281,8 +305,7 @@ struct token_loader : follower {
         }
         if (task.gemm2) {
             // Each warp looks for itself, so that all of it sees what the multiplying warpgroups have stored.
-            const int32_t bands1 = (2 * d.intermediate + MOE_PACKED_ROWS - 1) / MOE_PACKED_ROWS;
-            while (moe_load_acquire(d.finished + task.tile) < MULTIPLIERS * bands1)
+            while (moe_load_acquire(d.finished + task.tile) < MULTIPLIERS * d.gemm[0].bands)
                 ;
         }
         const uint32_t place = first * ROW_BYTES + ((chunk ^ (first & 7)) << 4);
@@ -341,6 +364,7 @@ struct token_loader : follower {
     __device__ void run()
     {
         moe_decode_task task;
+        measure();
         while (next(task)) {
             if (task.gemm2 && is_passed(args.decode, task))
                 load_passed(task);
@@ -597,6 +621,7 @@ template <typename T> struct multiplier : follower {
     __device__ void run()
     {
         moe_decode_task task;
+        measure();
         while (next(task)) {
             multiply_any(task.rows, task.end - task.begin);
             if (task.slots > 0)
@@ -620,7 +645,8 @@ __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constan
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) char decode_memory[];
-    const uint32_t shared = moe_shared(decode_memory);
+    uint32_t shared = moe_shared(decode_memory);
+    asm volatile("" : "+r"(shared)); // or it is made anew wherever it is used, of a register that is slow to read
     const int warp = threadIdx.x / 32;
     const bool first_lane = threadIdx.x % 32 == 0;
     if (threadIdx.x == 0) {
@@ -637,6 +663,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constan
             moe_barrier_init(shared + MAIL_FULL + i * 8, WARPGROUP / 32);
             moe_barrier_init(shared + MAIL_EMPTY + i * 8, 1);
         }
+        moe_barrier_init(shared + MEASURED, 1);
         *reinterpret_cast<int32_t *>(decode_memory + ASKED) = 0;
         moe_barrier_init_done();
     }
@@ -645,20 +672,21 @@ __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constan
                         args.guess);
     if (warp == WALKER && first_lane) { // so that addresses are translated by the time when they are read
         moe_prefetch_l2(args.decode.offsets, 16);
+        moe_prefetch_l2(args.decode.taken, 16);
         moe_prefetch_l2(args.decode.x, 16);
     }
     __syncthreads();
-    moe_grid_wait();
-    moe_grid_launch_dependents(); // the plan is complete when the next kernel starts
-
+    if (warp == WALKER) {
+        walker(args, shared).run();
+        return;
+    }
+    moe_decode_await_plan();
     if (warp < FIRST_MULTIPLIER)
         token_loader(args, shared).run();
     else if (warp < WEIGHT_LOADER)
         multiplier<T>(args, shared).run();
     else if (warp == WEIGHT_LOADER)
         weight_loader(args, shared).run();
-    else if (warp == WALKER)
-        walker(args, shared).run();
     else if (first_lane)
         mailbox{shared, warp - FIRST_HERALD}.run();
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
@@ -666,10 +694,24 @@ __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constan
 #endif
 }
 
+// packed: whether they are; else blocks are whole always.
+band_weights weights_of(const void *data, int64_t rows, int64_t cols, bool packed)
+{
+    const int64_t halves = moe_packed_rows(rows) / MOE_PACKED_LAST_ROWS, blocks = moe_packed_blocks(cols);
+    const uint32_t last_bytes = packed && halves % 2 != 0 ? HALF_BYTES : TILE_BYTES;
+    return {(const char *)data, (uint32_t)(halves * blocks), (uint32_t)(2 * blocks), (int32_t)((halves - 1) / 2),
+            last_bytes};
+}
+
 template <typename T> moe_status launch(const struct moe_call *call, wgmma_args &args)
 {
     const int shared = call->exec->shared_bytes;
-    args.ring_bytes = shared - ring_begin(args.decode.groups);
+    args.ring_begin = ring_begin(args.decode.groups);
+    for (int width = 0; width < WIDTHS; width++) {
+        const int piece = tokens_of(width) * ROW_BYTES;
+        const int stages = (shared - args.ring_begin - MULTIPLIERS * piece) / (TILE_BYTES + piece);
+        args.stages[width] = (uint8_t)(stages < MAX_STAGES ? stages : MAX_STAGES);
+    }
     cudaFuncSetAttribute(decode_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     moe_launch(decode_kernel<T>, args.decode.workers, THREADS, shared, call->stream,
                call->exec->compute_capability == 90, args);
@@ -683,6 +725,8 @@ moe_status moe_ffn_decode_wgmma(const struct moe_call *call, const moe_decode_ar
     wgmma_args args = {};
     args.decode = decode;
     args.packed = call->w13.layout == MOE_LAYOUT_PACKED;
+    args.weights[0] = weights_of(call->w13.data, 2 * call->intermediate, call->hidden, args.packed);
+    args.weights[1] = weights_of(call->w2.data, call->hidden, call->intermediate, args.packed);
     args.guess = args.packed ? moe_guessed_tiles(call->tokens * call->slots, decode.groups) : 0;
     if (!args.packed) {
         moe_status status = moe_map_w13(call, &args.w13_rows);

@@ -23,7 +23,7 @@
 
 #include <stdbool.h>
 
-#include "kernels/packed.h"
+#include "kernels/cuda/common/divisor.h"
 
 enum {
     MOE_WORK_LEAST_BLOCKS = 2, /* a piece of fewer is not worth its own partial sum */
@@ -33,14 +33,24 @@ enum {
     MOE_WORK_FALL_LOG2 = 10,   /* binary places of `fall` */
 };
 
+/* What is known of a GEMM when it is not yet known how many bands it is. */
+struct moe_work_gemm {
+    int32_t blocks; /* of a band, at least 1 */
+    int32_t workers;
+    int32_t before;    /* how many times as much as there is in this GEMM the workers have read before it */
+    int32_t most_over; /* bands of a last round that is cut: with more of them, all end at nearly the same time */
+    struct moe_divisor by_blocks, by_workers;
+};
+
 /* Items 0 to whole - 1 are bands; the others are pieces. */
 struct moe_work {
     int32_t bands;
-    int32_t blocks; /* of a band, at least 1 */
+    int32_t blocks;
     int32_t whole;
     int32_t pieces;
     int32_t size, longer; /* of a piece on average, in blocks; the first `longer` pieces have one more */
     int32_t fall;         /* half of what a piece is shorter than the one before it, << MOE_WORK_FALL_LOG2 */
+    struct moe_divisor by_blocks;
 };
 
 struct moe_task {
@@ -51,28 +61,52 @@ struct moe_task {
     int32_t own_slot;   /* where it leaves a partial sum; -1: it ends its band */
 };
 
-/* before: how many times as much as there is in this GEMM the workers have read before it. 2 * workers * blocks must be
- * below 2^31, workers below 2^17. */
-static MOE_HOST_DEVICE inline struct moe_work moe_work_make(int32_t bands, int32_t blocks, int32_t workers,
-                                                            int32_t before)
+/* 2 * workers * blocks must be below 2^31, workers below 2^17, before below 2^6. */
+static inline struct moe_work_gemm moe_work_gemm_make(int32_t blocks, int32_t workers, int32_t before)
 {
-    struct moe_work work = {bands, blocks, bands, 0, 0, 0, 0};
-    const int32_t full = bands / workers, over = bands - full * workers; /* bands of a last round that is not full */
-    if (over == 0 || (workers - over) * blocks <= MOE_WORK_EXCHANGE * workers)
+    const int32_t idle = MOE_WORK_EXCHANGE * workers / blocks; /* that many of the workers may be, for a band */
+    const struct moe_work_gemm gemm = {
+        blocks,
+        workers,
+        before,
+        idle < workers ? workers - idle - 1 : 0,
+        moe_divisor_make(blocks),
+        moe_divisor_make(workers),
+    };
+    return gemm;
+}
+
+static MOE_HOST_DEVICE inline int32_t moe_work_least(int32_t a, int32_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Everything waits for this on the GPU, so it does not divide. */
+static MOE_HOST_DEVICE inline struct moe_work moe_work_make(const struct moe_work_gemm *gemm, int32_t bands)
+{
+    const int32_t blocks = gemm->blocks, workers = gemm->workers;
+    struct moe_work work = {bands, blocks, bands, 0, 0, 0, 0, gemm->by_blocks};
+    const int32_t full = moe_divide(bands, gemm->by_workers);
+    const int32_t over = bands - full * workers; /* bands of a last round that is not full */
+    if (over == 0 || over > gemm->most_over)
         return work;
     const int32_t rounds = full > 1 ? full - 1 : 0; /* of whole bands */
     work.whole = rounds * workers;
-    const int32_t cut = (bands - work.whole) * blocks, most = cut / MOE_WORK_LEAST_BLOCKS;
-    work.pieces = most < workers ? most : workers;
-    work.size = cut / work.pieces;
+    /* Where pieces of the least size are fewer than the workers, cut / workers is less than that size. */
+    const int32_t cut = (bands - work.whole) * blocks, each = moe_divide(cut, gemm->by_workers);
+    work.pieces = moe_work_least((int32_t)((uint32_t)cut / MOE_WORK_LEAST_BLOCKS), workers);
+    work.size = each > MOE_WORK_LEAST_BLOCKS ? each : MOE_WORK_LEAST_BLOCKS;
     work.longer = cut - work.size * work.pieces;
 
-    const int64_t whole = (int64_t)rounds * blocks, read = whole + before * (whole + work.size);
+    /* What workers have read is only counted up to where it is enough for the most spread. */
+    const int32_t enough = MOE_WORK_MOST_SPREAD * MOE_WORK_DRIFT;
+    const int32_t whole = moe_work_least(rounds, enough) * moe_work_least(blocks, enough);
+    const int32_t read = whole + gemm->before * (whole + moe_work_least(work.size, enough));
     int32_t spread = work.size - MOE_WORK_LEAST_BLOCKS; /* by which the first is longer, and the last one shorter */
-    spread = spread < blocks / 2 ? spread : blocks / 2;
-    spread = spread < MOE_WORK_MOST_SPREAD ? spread : MOE_WORK_MOST_SPREAD;
-    spread = spread < read / MOE_WORK_DRIFT ? spread : (int32_t)(read / MOE_WORK_DRIFT);
-    work.fall = (spread << MOE_WORK_FALL_LOG2) / work.pieces;
+    spread = moe_work_least(spread, (int32_t)((uint32_t)blocks / 2));
+    spread = moe_work_least(spread, MOE_WORK_MOST_SPREAD);
+    spread = moe_work_least(spread, (int32_t)((uint32_t)read / MOE_WORK_DRIFT));
+    work.fall = moe_divide(spread << MOE_WORK_FALL_LOG2, gemm->by_workers); /* 0 where pieces are fewer */
     return work;
 }
 
@@ -84,7 +118,7 @@ static MOE_HOST_DEVICE inline int32_t moe_work_items(const struct moe_work *work
 /* Where piece p (up to `pieces`, the end) begins, in blocks from the first band that is cut. */
 static MOE_HOST_DEVICE inline int32_t moe_work_begin(const struct moe_work *work, int32_t piece)
 {
-    return piece * work->size + (piece < work->longer ? piece : work->longer) +
+    return piece * work->size + moe_work_least(piece, work->longer) +
            (work->fall * piece * (work->pieces - piece) >> MOE_WORK_FALL_LOG2);
 }
 
@@ -103,8 +137,8 @@ static MOE_HOST_DEVICE inline bool moe_work_task(const struct moe_work *work, in
 
     const int32_t piece = item - work->whole;
     const int32_t begin = moe_work_begin(work, piece), end = moe_work_begin(work, piece + 1);
-    const int32_t first = begin / blocks, skipped = begin - first * blocks; /* where it begins */
-    const int32_t last = end / blocks, tail = end - last * blocks;          /* and ends */
+    const int32_t first = moe_divide(begin, work->by_blocks), skipped = begin - first * blocks; /* where it begins */
+    const int32_t last = moe_divide(end, work->by_blocks), tail = end - last * blocks;          /* and ends */
     const bool head = skipped != 0 && first < last;
     if (tail != 0 && at-- == 0) {
         task->band = work->whole + last;
@@ -132,7 +166,10 @@ static MOE_HOST_DEVICE inline bool moe_work_task(const struct moe_work *work, in
 /* Whether the piece (-1: none) leaves a partial sum. */
 static MOE_HOST_DEVICE inline bool moe_work_leaves(const struct moe_work *work, int32_t piece)
 {
-    return piece >= 0 && piece < work->pieces && moe_work_begin(work, piece + 1) % work->blocks != 0;
+    if (piece < 0 || piece >= work->pieces)
+        return false;
+    const int32_t end = moe_work_begin(work, piece + 1);
+    return end != moe_divide(end, work->by_blocks) * work->blocks;
 }
 
 #endif
