@@ -110,8 +110,34 @@ static MOE_HOST_DEVICE inline int32_t moe_items_count(const struct moe_items *it
            (moe_items_of_tile(items->bands1, items->blocks) + moe_items_of_tile(items->bands2, items->blocks));
 }
 
+/* The last entry that begins with item `at` of a GEMM or before: others that begin with the same one have no tiles. On
+ * the device by a whole warp, which looks at 32 entries at a time: the one thing here that no test on the host runs. */
+static MOE_HOST_DEVICE inline int32_t moe_items_entry(const struct moe_items *items, int32_t of_tile, uint32_t at)
+{
+    int32_t entry = 0;
+#ifdef __CUDA_ARCH__
+    static_assert(MOE_ITEM_TABLE <= 32 * 32, "two steps find any entry");
+    uint32_t lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane)); /* so that what follows from it takes no registers elsewhere */
+    for (int32_t step = 32; step > 0; step /= 32) {
+        const int32_t own = entry + (int32_t)lane * step;
+        const bool before = own < items->entries && (uint32_t)(items->table[own].tile * of_tile) <= at;
+        entry += (__popc(__ballot_sync(0xffffffffu, before)) - 1) * step;
+    }
+#else
+    for (int32_t end = items->entries; end - entry > 1;) {
+        const int32_t middle = (entry + end) / 2;
+        if ((uint32_t)(items->table[middle].tile * of_tile) <= at)
+            entry = middle;
+        else
+            end = middle;
+    }
+#endif
+    return entry;
+}
+
 /* What block `block` has of an item; rows is 0 if that is nothing, for any of them. Items come one after another from
- * here, and loading waits for each: hence few divisions. */
+ * here, and loading waits for each: hence few divisions. On the device by a whole warp. */
 static MOE_HOST_DEVICE inline struct moe_item moe_items_at(const struct moe_items *items, int32_t number, int32_t block)
 {
     const int32_t blocks = items->blocks;
@@ -121,15 +147,7 @@ static MOE_HOST_DEVICE inline struct moe_item moe_items_at(const struct moe_item
     const int32_t bands = item.gemm2 ? items->bands2 : items->bands1, of_tile = moe_items_of_tile(bands, blocks);
     const uint32_t at = (uint32_t)(item.gemm2 ? number - items1 : number);
 
-    /* The last entry that begins with this item or before: others that begin with the same one have no tiles. */
-    int32_t entry = 0, end = items->entries;
-    while (end - entry > 1) {
-        const int32_t middle = (entry + end) / 2;
-        if ((uint32_t)(items->table[middle].tile * of_tile) <= at)
-            entry = middle;
-        else
-            end = middle;
-    }
+    const int32_t entry = moe_items_entry(items, of_tile, at);
     const struct moe_item_entry *from = &items->table[entry];
     int32_t tile = from->tile, row = from->row, count = from[1].row - row, own = from[1].tile - tile;
     item.group = entry << items->shift;

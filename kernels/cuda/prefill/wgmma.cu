@@ -83,13 +83,21 @@ int64_t max_tiles(const struct moe_call *call, const choice &chosen)
 
 // ---- Tensor maps ----
 
-// act and down, [rows][columns], in boxes of 64 columns and `box` rows.
-moe_status map_rows(const struct moe_call *call, const void *base, int64_t columns, uint32_t box, CUtensorMap *map)
+// act and down, [rows][columns].
+moe_status map_rows(const struct moe_call *call, const void *base, int64_t columns, row_maps *maps)
 {
     const uint64_t sizes[] = {(uint64_t)columns, (uint64_t)call->tokens * call->slots};
     const uint64_t strides[] = {(uint64_t)columns * 2};
-    const uint32_t boxes[] = {MOE_PACKED_COLS, box};
-    return moe_tensor_map(map, call->dtype, 2, base, sizes, strides, boxes, call->error);
+    const auto map = [&](uint32_t rows, CUtensorMap *to) {
+        const uint32_t box[] = {MOE_PACKED_COLS, rows};
+        return moe_tensor_map(to, call->dtype, 2, base, sizes, strides, box, call->error);
+    };
+    moe_status status = map(64, &maps->by_64);
+    if (status == MOE_OK)
+        status = map(16, &maps->by_16);
+    if (status == MOE_OK)
+        status = map(4, &maps->by_4);
+    return status == MOE_OK ? map(1, &maps->by_1) : status;
 }
 
 } // namespace
@@ -143,8 +151,6 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
     ffn_args args = {};
     args.x = call->x;
     args.row_token = call->plan.plan.row_token;
-    args.act = call->act;
-    args.down = call->down;
     args.taken = (uint32_t *)call->scratch;
     args.all_finished = (int32_t *)((char *)call->scratch + COUNTER_BYTES / 2);
     args.finished = (int32_t *)((char *)call->scratch + COUNTER_BYTES);
@@ -153,13 +159,9 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
     args.hidden = (int32_t)call->hidden;
     args.intermediate = (int32_t)call->intermediate;
     args.once = reads_once(call);
-    moe_status status = map_rows(call, call->act, call->intermediate, 64, &args.act_64);
+    moe_status status = map_rows(call, call->act, call->intermediate, &args.act);
     if (status == MOE_OK)
-        status = map_rows(call, call->act, call->intermediate, 16, &args.act_16);
-    if (status == MOE_OK)
-        status = map_rows(call, call->down, call->hidden, 64, &args.down_64);
-    if (status == MOE_OK)
-        status = map_rows(call, call->down, call->hidden, 16, &args.down_16);
+        status = map_rows(call, call->down, call->hidden, &args.down);
     if (call->w13.layout == MOE_LAYOUT_PACKED) {
         args.w13 = (const char *)call->w13.data;
         args.w2 = (const char *)call->w2.data;

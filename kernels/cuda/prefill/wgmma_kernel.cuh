@@ -11,13 +11,14 @@
 // weights, with as many sums as the registers hold.
 //
 // Weight rows alternate between gate and up in eights, which puts the gate and up of a feature into registers of one
-// thread. The finished tile is turned to rows of tokens in stages of the ring, which it borrows, and leaves from there
-// by itself while the next item begins.
+// thread. The finished tile is turned to rows of tokens in stages of the ring, which are lent to the multiplying
+// warpgroups for that. Each stage has a warp of its own that fills it, and this warp also sends the tile on its way
+// before it fills the stage again: starting copies takes a while, in which those who multiply have begun the next item.
 //
 // Tokens in plan order lie in `down`, where the results of GEMM 2 go, so that they need no memory of their own. A
-// tile's results come only when no copy reads its tokens any more: a multiplying warpgroup adds to the tile's counter
-// after it has waited for all the bytes of its item, the tokens' among them, and GEMM 2 of the tile begins with the
-// counter at its full number. So the reads are complete before the counter says so, and the stores, in whichever proxy,
+// tile's results come only when no copy reads its tokens any more: the tile's counter is added to when both
+// multiplying warpgroups have waited for all the bytes of an item, the tokens' among them, and GEMM 2 of the tile
+// begins with the counter at its full number. So the reads are complete before the counter says so, and the stores
 // follow from it. A copy may also read up to 15 rows of the next tile, which may just be changing, and a block that
 // only goes along (moe_item.idle) all of a tile whose counter it does not add to: nobody keeps their products.
 //
@@ -43,16 +44,20 @@
 namespace
 {
 
+// A matrix of rows of tokens, in boxes of 64 columns and so many rows.
+struct row_maps {
+    CUtensorMap by_64, by_16, by_4, by_1;
+};
+
 struct ffn_args {
-    CUtensorMap act_64, act_16;    // act [R][I] in boxes of 64 and of 16 rows
-    CUtensorMap down_64, down_16;  // down [R][H]
+    row_maps act;                  // [R][I]
+    row_maps down;                 // [R][H]
     CUtensorMap w13_rows, w2_rows; // row-major weights, in the order of the packed layout
     const void *x;                 // [T][H]
     const int32_t *row_token;      // [R]
-    void *act, *down;              // [R][I], [R][H]
     const char *w13, *w2;          // packed; NULL: row-major
     uint32_t *taken;               // items so far; zero at the start. Blocks that find none left count on
-    int32_t *finished;             // [tiles]: how much of GEMM 1 is done of each; zero at the start
+    int32_t *finished;             // [tiles]: how many bands of GEMM 1 are done of each; zero at the start
     int32_t *all_finished;         // the sum of those
     moe_items items;               // without the table
     int32_t hidden, intermediate;
@@ -69,6 +74,14 @@ constexpr int M_BLOCKS = 2;                            // of 64 weight rows, to 
 constexpr int SLOTS = 2;                               // items known in advance
 constexpr int NUMBERS = 8;                             // of items, that the second block of a pair may be behind
 
+// The part of a finished tile that is written to a lent stage: two pieces of 64 columns.
+struct lent_tile {
+    int row, rows;
+    int column, columns; // the first of the part's, and how many the matrix has; 0: nothing is written
+    int tile;            // whose results are complete with this; -1: none's, of GEMM 1
+    bool gemm2;
+};
+
 // NMAX tokens to a tile, STAGES in the ring. ORDERED: GEMM 1's tokens lie in `down`, in plan order. PAIRED: by clusters
 // of two blocks.
 template <int NMAX_, int STAGES_, bool ORDERED_, bool PAIRED_> struct ffn_shape {
@@ -79,128 +92,149 @@ template <int NMAX_, int STAGES_, bool ORDERED_, bool PAIRED_> struct ffn_shape 
     // Arrivals that fill a stage: of the thread that starts copies and, where threads gather tokens, of all of these.
     static constexpr int FILLERS = ORDERED ? 1 : 1 + WARPGROUP;
 
-    // The finished tile in shared memory: pieces of 64 features of all tokens, one to a warpgroup of GEMM 1, two of
-    // GEMM 2.
+    // The finished tile in shared memory: pieces of 64 features of all tokens, one to a warpgroup of GEMM 1, in one
+    // stage, two of GEMM 2, of each warpgroup in a stage of its own.
     static constexpr int PIECE = NMAX * ROW_BYTES;
     static constexpr int STAGE = WEIGHT_BYTES + NMAX * ROW_BYTES;
-    static constexpr int BORROWED1 = 1, BORROWED2 = 2 * MULTIPLIERS * PIECE <= STAGE ? 1 : 2; // stages
-    static_assert(MULTIPLIERS * PIECE <= STAGE && BORROWED2 <= MULTIPLIERS);
+    static_assert(2 * PIECE <= STAGE);
 
     // Shared memory.
-    static constexpr int FULL = STAGES * STAGE, EMPTY = FULL + STAGES * 8;
-    static constexpr int SLOT_FULL = EMPTY + STAGES * 8, SLOT_EMPTY = SLOT_FULL + SLOTS * 8;
+    static constexpr int FULL = STAGES * STAGE, EMPTY = FULL + STAGES * 8, WRITTEN = EMPTY + STAGES * 8;
+    static constexpr int SLOT_FULL = WRITTEN + STAGES * 8, SLOT_EMPTY = SLOT_FULL + SLOTS * 8;
     static constexpr int NUMBER_FULL = SLOT_EMPTY + SLOTS * 8, NUMBER = NUMBER_FULL + NUMBERS * 8;
-    static constexpr int ITEMS = NUMBER + NUMBERS * 4;
-    static constexpr int TABLE = ITEMS + SLOTS * sizeof(moe_item);
+    static constexpr int ITEMS = NUMBER + NUMBERS * 4, TILES = ITEMS + SLOTS * sizeof(moe_item);
+    static constexpr int TABLE = TILES + STAGES * sizeof(lent_tile);
     static constexpr int SUMS = TABLE + (MOE_ITEM_TABLE + 1) * sizeof(moe_item_entry);
     static constexpr int BYTES = SUMS + FFN_THREADS / 32 * 4;
-    static_assert(STAGE % 1024 == 0 && NMAX % 64 == 0 && STAGES >= BORROWED2 + 2);
+    static_assert(STAGE % 1024 == 0 && NMAX % 64 == 0);
+    static_assert(STAGES == WARPGROUP / 32, "each stage has a warp of its own");
     static_assert(STAGES < NUMBERS, "the second block may be two rings behind, two stages an item");
     static_assert(BYTES <= 227 * 1024, "a block of compute capability 9.0 has no more shared memory");
 };
+
+// Stages that are lent at the end of an item of so many blocks. In an item of GEMM 2 every loading warp has a stage,
+// and so sees to what it has left of GEMM 1.
+__device__ __forceinline__ int lent_stages(bool gemm2, int blocks)
+{
+    return gemm2 ? max(MULTIPLIERS, WARPGROUP / 32 - blocks) : 1;
+}
 
 // Where both kinds of warpgroups read what is next.
 template <class Shape> struct item_reader {
     const uint32_t shared;
     moe_ring_place slot;
 
-    // False: there is nothing left. Each thread says for itself that it has read the slot.
-    __device__ __forceinline__ bool next(moe_item &item)
+    // The next one in shared memory; without rows there is nothing left.
+    __device__ __forceinline__ const moe_item &item() const
     {
         moe_barrier_wait(shared + Shape::SLOT_FULL + slot.at * 8, slot.parity);
-        item = static_cast<const moe_item *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[slot.at];
+        return static_cast<const moe_item *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[slot.at];
+    }
+
+    // Each thread says for itself that it no longer reads the slot.
+    __device__ __forceinline__ void done()
+    {
         moe_barrier_arrive(shared + Shape::SLOT_EMPTY + slot.at * 8);
         slot.next(SLOTS);
-        return item.rows > 0;
     }
 };
 
 // ---- Loading ----
 
-// Where an item's weights come from, for the threads that start their copies: two tiles of up to 128 rows.
+// An item's weights: two tiles of up to 128 rows in each of `blocks` stages.
 struct weight_source {
-    const char *packed; // the band's first tile; NULL: through `map`
-    int64_t next_tile;  // bytes to the second one
-    uint32_t bytes[2];  // of each tile in a stage; 0 past the last row
-    const CUtensorMap *map;
-    int group, row;
-    bool gemm2, shared;
+    const char *packed; // the band's first tile; NULL: row-major
+    int blocks;
 
     __device__ weight_source(const ffn_args &args, const moe_item &item)
     {
-        shared = item.shared;
-        group = item.group;
-        row = item.band * MOE_BAND_ROWS;
-        gemm2 = item.gemm2;
-        map = gemm2 ? &args.w2_rows : &args.w13_rows;
-        const char *base = gemm2 ? args.w2 : args.w13;
-        const int64_t rows = gemm2 ? args.hidden : 2 * (int64_t)args.intermediate;
-        const int64_t cols = gemm2 ? args.intermediate : args.hidden;
-        next_tile = TILE_BYTES * moe_packed_blocks(cols);
+        const char *base = item.gemm2 ? args.w2 : args.w13;
+        const int64_t cols = item.gemm2 ? args.intermediate : args.hidden;
+        blocks = (int)moe_packed_blocks(cols);
         packed = base == NULL ? NULL
-                              : base + group * moe_packed_expert_bytes(rows, cols) + row / MOE_PACKED_ROWS * next_tile;
-#pragma unroll
-        for (int m = 0; m < 2; m++) {
-            const int64_t left = moe_packed_rows(rows) - row - m * MOE_PACKED_ROWS;
-            const bool whole = left >= MOE_PACKED_ROWS || (left > 0 && base == NULL);
-            bytes[m] = whole ? TILE_BYTES : left > 0 ? (uint32_t)left * ROW_BYTES : 0;
-        }
+                              : base + item.group * moe_packed_expert_bytes(all_rows(args, item), cols) +
+                                    item.band * (MOE_BAND_ROWS / MOE_PACKED_ROWS) * ((int64_t)TILE_BYTES * blocks);
     }
 
-    // Of the tiles of a block of columns that of number m, for both blocks of a pair. Few groups have a third tile: so
-    // as if they were read once.
-    __device__ __forceinline__ void load_both(uint32_t to, int block, uint32_t barrier, int m) const
+    __device__ static int64_t all_rows(const ffn_args &args, const moe_item &item)
     {
-        const int first = row + m * MOE_PACKED_ROWS;
-        const uint32_t own = m == 0 ? bytes[0] : bytes[1];
-        to += m * TILE_BYTES;
-        if (own == 0)
-            return;
-        if (packed != NULL)
-            moe_bulk_load_both(to, packed + m * next_tile + (int64_t)block * own, own, barrier, moe_policy_once());
-        else if (gemm2)
-            moe_tensor_load_3d_both(to, map, block * COLS, first, group, barrier);
-        else
-            moe_tensor_load_5d_both(to, map, block * COLS, 0, 0, first / 16, group, barrier);
+        return item.gemm2 ? args.hidden : 2 * (int64_t)args.intermediate;
     }
 
-    // The tiles of a block of columns.
-    __device__ __forceinline__ void load(uint32_t to, int block, uint32_t barrier, bool once) const
+    // Of tile m in a stage; 0 past the last row. A box through a tensor map is whole always.
+    __device__ uint32_t bytes(const ffn_args &args, const moe_item &item, int m) const
     {
-#pragma unroll
-        for (int m = 0; m < 2; m++) {
-            const int first = row + m * MOE_PACKED_ROWS;
-            if (bytes[m] == 0)
-                continue;
-            if (packed != NULL && once)
-                moe_bulk_load(to + m * TILE_BYTES, packed + m * next_tile + (int64_t)block * bytes[m], bytes[m],
-                              barrier, moe_policy_once());
-            else if (packed != NULL)
-                moe_bulk_load(to + m * TILE_BYTES, packed + m * next_tile + (int64_t)block * bytes[m], bytes[m],
-                              barrier);
-            else if (gemm2)
-                moe_tensor_load_3d(to + m * TILE_BYTES, map, block * COLS, first, group, barrier);
-            else // 8 rows, gate or up, eights of rows
-                moe_tensor_load_5d(to + m * TILE_BYTES, map, block * COLS, 0, 0, first / 16, group, barrier);
-        }
+        const int64_t left = moe_packed_rows(all_rows(args, item)) - item.band * MOE_BAND_ROWS - m * MOE_PACKED_ROWS;
+        return left <= 0 ? 0 : packed == NULL ? TILE_BYTES : (uint32_t)min(left, (int64_t)MOE_PACKED_ROWS) * ROW_BYTES;
     }
 };
 
-template <typename T, class Shape> struct ffn_loader {
+// Where a thread gets tokens of GEMM 1 from where they are not in plan order: the same chunk of every 16th.
+template <class Shape> struct token_source {
+    static constexpr int STRIDE = WARPGROUP / 8, MOST = Shape::ORDERED ? 1 : Shape::NMAX / STRIDE;
+    uint32_t at[MOST]; // where each row begins in x, in chunks: the host has seen to it that this fits
+
+    // How many rows of `rows` are this thread's.
+    __device__ static int own(int rows)
+    {
+        return (rows - (int)threadIdx.x / 8 + STRIDE - 1) / STRIDE;
+    }
+
+    __device__ token_source(const ffn_args &args, int row, int rows)
+    {
+#pragma unroll
+        for (int i = 0; i < MOST; i++)
+            at[i] =
+                i < own(rows) ? args.row_token[row + threadIdx.x / 8 + i * STRIDE] * (uint32_t)(args.hidden / 8) : 0;
+    }
+
+    __device__ __forceinline__ void load(const ffn_args &args, int rows, uint32_t to, int block, uint32_t barrier) const
+    {
+        const int chunk = threadIdx.x % 8, first = threadIdx.x / 8, column = block * COLS + chunk * 8;
+        const bool there = column < args.hidden; // past the row's end zeros, as in the weights
+        const char *from = (const char *)args.x + (there ? column * 2 : 0);
+        asm volatile("" : "+l"(from)); // or its base is read anew for each row
+        to += first * ROW_BYTES + ((chunk ^ (first & 7)) << 4);
+#pragma unroll
+        for (int i = 0; i < MOST; i++)
+            if (i < own(rows))
+                moe_cp_async_to(to + i * STRIDE * ROW_BYTES, from + at[i] * (uint64_t)16, there ? 16 : 0);
+        moe_barrier_arrive_cp_async(barrier);
+    }
+};
+
+template <class Shape> struct ffn_loader {
     const ffn_args &args;
     const uint32_t shared;
     const int rank; // of the block in its cluster
+    const int warp; // and the number of its own stage
+
     moe_ring_place stage, number;
     bool results_there = false; // all of GEMM 1's, as this thread has seen
+
+    // Of this warp's stage: lent, then maybe not settled: GEMM 1's results may not be in memory yet.
+    enum { OWN, LENT, UNSETTLED } state = OWN;
+    uint32_t lent_parity = 0;
+
+    // Of the first warp: the next item's number, which is its first thread's; whether it has been taken, or may be
+    // before this one ends.
+    moe_items items;
+    item_reader<Shape> reader;
+    uint32_t next;
+    enum { TAKEN, EARLY, LATE } taking = TAKEN;
+
+    // The first thread of a pair's first block, or of a block alone, has taken item number `first`.
+    __device__ ffn_loader(const ffn_args &a, uint32_t memory, int block, uint32_t first)
+        : args(a), shared(memory), rank(block), warp(__shfl_sync(0xffffffffu, threadIdx.x / 32, 0)),
+          items(a.items), reader{memory}, next(first)
+    {
+        items.table = static_cast<const moe_item_entry *>(__cvta_shared_to_generic(shared + Shape::TABLE));
+        items.blocks = Shape::BLOCKS; // the same, known to the compiler
+    }
 
     __device__ uint32_t full() const
     {
         return shared + Shape::FULL + stage.at * 8;
-    }
-
-    __device__ const moe_item_entry *table() const
-    {
-        return static_cast<const moe_item_entry *>(__cvta_shared_to_generic(shared + Shape::TABLE));
     }
 
     __device__ uint32_t tokens() const
@@ -208,122 +242,212 @@ template <typename T, class Shape> struct ffn_loader {
         return shared + stage.at * Shape::STAGE + WEIGHT_BYTES;
     }
 
-    // Starting a copy takes a while, so that warps take turns at it: each has its stages.
-    __device__ bool is_own() const
-    {
-        return threadIdx.x / 32 == stage.at % (WARPGROUP / 32);
-    }
-
     __device__ void wait_empty() const
     {
         moe_barrier_wait(shared + Shape::EMPTY + stage.at * 8, stage.parity ^ 1);
     }
 
-    // By one thread: the stage's weights, and word of `token_bytes` to come.
-    __device__ __forceinline__ void load_weights(const weight_source &source, int block, uint32_t token_bytes) const
-    {
-        moe_barrier_expect(full(), source.bytes[0] + source.bytes[1] + token_bytes);
-        if (Shape::PAIRED && source.shared)
-            source.load_both(shared + stage.at * Shape::STAGE, block, full(), rank);
-        else
-            source.load(shared + stage.at * Shape::STAGE, block, full(), args.once);
-    }
+    // ---- The finished tile ----
 
-    // Stages that the multiplying warpgroups may write to.
-    __device__ __forceinline__ void lend(int stages)
+    // Rows in boxes, of which the last one takes some again, so that no neighbour's rows are touched.
+    __device__ __forceinline__ static void store_rows(const row_maps &to, uint32_t from, int column, int row, int rows)
     {
+        int r = 0;
 #pragma unroll 1
-        for (int i = 0; i < stages; i++) {
-            if (is_own() || !Shape::ORDERED)
-                wait_empty();
-            if (is_own() && moe_elect())
-                moe_barrier_arrive(full());
-            if (!Shape::ORDERED)
-                moe_barrier_arrive(full());
-            stage.next(Shape::STAGES);
+        for (; r + 64 <= rows; r += 64)
+            moe_tensor_store_2d(&to.by_64, from + r * ROW_BYTES, column, row + r);
+        const int box = rows >= 16 ? 16 : rows >= 4 ? 4 : 1;
+        const CUtensorMap *by_box = rows >= 16 ? &to.by_16 : rows >= 4 ? &to.by_4 : &to.by_1;
+#pragma unroll 1
+        for (; r < rows; r += box) {
+            const int first = min(r, rows - box);
+            moe_tensor_store_2d(by_box, from + first * ROW_BYTES, column, row + first);
         }
     }
 
-    // GEMM 1. A thread brings the same chunk of every 16th token.
-    __device__ __forceinline__ void gather(const moe_item &item)
+    // What is in this warp's stage when it is lent.
+    __device__ lent_tile *tile() const
     {
-        constexpr int STRIDE = WARPGROUP / 8, MOST = Shape::NMAX / STRIDE;
-        const int chunk = threadIdx.x % 8, first = threadIdx.x / 8;
-        const weight_source source(args, item);
-        const uint32_t row_chunks = args.hidden / 8;
-        const int mine = (item.rows - first + STRIDE - 1) / STRIDE;
-        uint32_t at[MOST]; // where each row begins in x, in chunks: the host has seen to it that this fits
-#pragma unroll
-        for (int i = 0; i < MOST; i++)
-            at[i] = i < mine ? args.row_token[item.row + first + i * STRIDE] * row_chunks : 0;
+        return static_cast<lent_tile *>(__cvta_shared_to_generic(shared + Shape::TILES)) + warp;
+    }
 
-        const uint32_t place = first * ROW_BYTES + ((chunk ^ (first & 7)) << 4);
-        const char *from = (const char *)args.x + chunk * 16;
-        int left = args.hidden - chunk * 8; // columns from this thread's chunk on
+    // By the stage's warp, before it is filled: when the tile has been written, starts the copies of it, and waits
+    // until they have read it.
+    __device__ __forceinline__ void send_tile()
+    {
+        if (state != LENT)
+            return;
+        moe_barrier_wait(shared + Shape::WRITTEN + warp * 8, lent_parity);
+        lent_parity ^= 1;
+        const lent_tile t = *tile();
+        if (moe_elect()) {
+            const uint32_t piece = shared + warp * Shape::STAGE, empty = shared + Shape::EMPTY + warp * 8;
 #pragma unroll 1
-        for (int block = 0; block * COLS < args.hidden; block++) {
-            wait_empty();
-            if (is_own() && moe_elect())
-                load_weights(source, block, 0);
-            const uint32_t to = tokens() + place;
-            const int bytes = left > 0 ? 16 : 0; // past the row's end zeros, as in the weights
-#pragma unroll
-            for (int i = 0; i < MOST; i++)
-                if (i < mine)
-                    moe_cp_async_to(to + i * STRIDE * ROW_BYTES, from + at[i] * (uint64_t)16, bytes);
-            moe_barrier_arrive_cp_async(full());
-            from += ROW_BYTES;
-            left -= COLS;
-            stage.next(Shape::STAGES);
+            for (int p = 0; p < 2 && t.column + p * COLS < t.columns; p++)
+                store_rows(t.gemm2 ? args.down : args.act, piece + p * Shape::PIECE, t.column + p * COLS, t.row,
+                           t.rows);
+            moe_store_commit();
+            moe_store_wait_read();
+            constexpr int ARRIVALS = MULTIPLIERS * WARPGROUP / 32; // for all who would have read the stage
+            if constexpr (Shape::PAIRED) {
+                moe_cluster_barrier_arrive(empty, 0, ARRIVALS);
+                moe_cluster_barrier_arrive(empty, 1, ARRIVALS);
+            } else {
+                moe_barrier_arrive_as(empty, ARRIVALS);
+            }
+        }
+        __syncwarp();
+        state = t.tile >= 0 ? UNSETTLED : OWN;
+    }
+
+    // Lets GEMM 2 have a tile's results when they are in memory.
+    __device__ __forceinline__ void settle()
+    {
+        if (state != UNSETTLED)
+            return;
+        if (moe_elect()) {
+            moe_store_wait();
+            moe_add_release_both(args.finished + tile()->tile, args.all_finished, 1);
+        }
+        __syncwarp();
+        state = OWN;
+    }
+
+    // Lends this warp's stage: the part of the item's tile that is written to it.
+    __device__ __forceinline__ void lend(const moe_item &item, int part)
+    {
+        if (moe_elect()) {
+            const int band = item.gemm2 ? MOE_BAND_ROWS : MOE_BAND_ROWS / 2; // columns
+            const int columns = item.gemm2 ? args.hidden : args.intermediate;
+            const bool nothing = item.idle || part >= (item.gemm2 ? MULTIPLIERS : 1);
+            *tile() = {item.row,
+                       item.rows,
+                       item.band * band + part * 2 * COLS,
+                       nothing ? 0 : columns,
+                       item.gemm2 || item.idle ? -1 : item.tile,
+                       item.gemm2};
+            moe_barrier_arrive(full());
+        }
+        state = LENT;
+    }
+
+    // ---- Operands ----
+
+    // By one thread: tile m of the stage's weights, for both blocks of a pair or for this one alone.
+    __device__ __forceinline__ void load_tile(const moe_item &item, const weight_source &source, int block, int m,
+                                              bool both) const
+    {
+        const uint32_t to = shared + stage.at * Shape::STAGE + m * TILE_BYTES, bytes = source.bytes(args, item, m);
+        const char *from = source.packed + m * (int64_t)TILE_BYTES * source.blocks + (int64_t)block * bytes;
+        const int row = item.band * MOE_BAND_ROWS + m * MOE_PACKED_ROWS;
+        if (bytes == 0)
+            return;
+        if (both && source.packed != NULL) // few groups have a third tile: so as if they were read once
+            moe_bulk_load_both(to, from, bytes, full(), moe_policy_once());
+        else if (both && item.gemm2)
+            moe_tensor_load_3d_both(to, &args.w2_rows, block * COLS, row, item.group, full());
+        else if (both)
+            moe_tensor_load_5d_both(to, &args.w13_rows, block * COLS, 0, 0, row / 16, item.group, full());
+        else if (source.packed != NULL && args.once)
+            moe_bulk_load(to, from, bytes, full(), moe_policy_once());
+        else if (source.packed != NULL)
+            moe_bulk_load(to, from, bytes, full());
+        else if (item.gemm2)
+            moe_tensor_load_3d(to, &args.w2_rows, block * COLS, row, item.group, full());
+        else // 8 rows, gate or up, eights of rows
+            moe_tensor_load_5d(to, &args.w13_rows, block * COLS, 0, 0, row / 16, item.group, full());
+    }
+
+    // The stage's weights, and word of `token_bytes` to come.
+    __device__ __forceinline__ void load_weights(const moe_item &item, const weight_source &source, int block,
+                                                 uint32_t token_bytes) const
+    {
+        moe_barrier_expect(full(), source.bytes(args, item, 0) + source.bytes(args, item, 1) + token_bytes);
+        if (Shape::PAIRED && item.shared) {
+            load_tile(item, source, block, rank, true);
+        } else {
+#pragma unroll 1
+            for (int m = 0; m < 2; m++)
+                load_tile(item, source, block, m, false);
         }
     }
 
     // Until GEMM 1's results of this tile are in memory. Once all are nobody has to look again.
     __device__ __forceinline__ void await_results(int32_t tile)
     {
-        const int32_t of_tile = MULTIPLIERS * args.items.bands1;
-        const uint32_t tiles = table()[args.items.entries].tile;
-        results_there = (uint32_t)moe_load_acquire(args.all_finished) == tiles * of_tile;
-        while (!results_there && moe_load_acquire(args.finished + tile) < of_tile)
+        const uint32_t tiles = items.table[items.entries].tile;
+        results_there = (uint32_t)moe_load_acquire(args.all_finished) == tiles * items.bands1;
+        while (!results_there && moe_load_acquire(args.finished + tile) < items.bands1)
             ;
         moe_fence_async(); // what other blocks stored comes before the tensor copies
     }
 
-    // Rows in plan order: of act, or of tokens. Rows past the item's are those of its neighbour, or zeros past the end
-    // of all; nobody keeps their products.
-    __device__ __forceinline__ void stream(const moe_item &item)
+    // By one thread: rows in plan order, of act, or of tokens. Rows past the item's are those of its neighbour, or
+    // zeros past the end of all; nobody keeps their products.
+    __device__ __forceinline__ void load_rows(const row_maps &from, int block, int row, int steps) const
     {
+        uint32_t to = tokens();
+#pragma unroll 1
+        for (int i = 0; i < steps / 4; i++, row += 64, to += 64 * ROW_BYTES)
+            moe_tensor_load_2d(to, &from.by_64, block * COLS, row, full());
+#pragma unroll 1
+        for (int i = 0; i < steps % 4; i++, row += 16, to += 16 * ROW_BYTES)
+            moe_tensor_load_2d(to, &from.by_16, block * COLS, row, full());
+    }
+
+    // All stages of an item: those of its operands, then those lent. Without an item (rows is 0) only what is left to
+    // do with the last tiles.
+    __device__ __forceinline__ void load(const moe_item &item)
+    {
+        const bool gathered = !Shape::ORDERED && !item.gemm2 && item.rows > 0;
         const weight_source source(args, item);
-        const int columns = item.gemm2 ? args.intermediate : args.hidden;
-        const CUtensorMap *by_64 = item.gemm2 ? &args.act_64 : &args.down_64;
-        const CUtensorMap *by_16 = item.gemm2 ? &args.act_16 : &args.down_16;
-        const int steps = (item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP;
-        if (item.gemm2 && !results_there)
-            await_results(item.tile);
+        const int blocks = item.rows > 0 ? source.blocks : 0;
+        const int stages = item.rows > 0 ? blocks + lent_stages(item.gemm2, blocks) : Shape::STAGES;
+        const token_source<Shape> gather(args, item.row, gathered ? item.rows : 0);
+        bool ready = !item.gemm2 || results_there;
 #pragma unroll 1
-        for (int block = 0; block * COLS < columns; block++) {
-            if (is_own() || !Shape::ORDERED)
-                wait_empty();
-            if (is_own() && moe_elect()) {
-                load_weights(source, block, steps * MOE_ROW_STEP * ROW_BYTES);
-                uint32_t to = tokens();
-                int row = item.row;
-#pragma unroll 1
-                for (int i = 0; i < steps / 4; i++, row += 64, to += 64 * ROW_BYTES)
-                    moe_tensor_load_2d(to, by_64, block * COLS, row, full());
-#pragma unroll 1
-                for (int i = 0; i < steps % 4; i++, row += 16, to += 16 * ROW_BYTES)
-                    moe_tensor_load_2d(to, by_16, block * COLS, row, full());
+        for (int block = 0; block < stages; block++) {
+            const bool own = warp == stage.at; // starting a copy takes a while, so that warps take turns at it
+            if (own) {
+                settle();
+                send_tile();
+                if (!ready || block >= blocks)
+                    settle(); // what this waits for may be the block's own results; and the stage may be lent again
+                if (!ready && item.rows > 0)
+                    await_results(item.tile);
+                ready = true;
             }
-            if (!Shape::ORDERED)
-                moe_barrier_arrive(full());
+            if (item.rows > 0) {
+                if (own || !Shape::ORDERED)
+                    wait_empty();
+                if (!own && Shape::ORDERED)
+                    settle(); // soon, since others may wait for it; who gathers has no time for that
+                if (own && block >= blocks)
+                    lend(item, block - blocks);
+                else if (own && moe_elect()) {
+                    const int steps = gathered ? 0 : (item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP;
+                    load_weights(item, source, block, steps * MOE_ROW_STEP * ROW_BYTES);
+                    if (!gathered)
+                        load_rows(item.gemm2 ? args.act : args.down, block, item.row, steps);
+                }
+                if (own)
+                    take_early(blocks - block);
+                if (Shape::ORDERED)
+                    ;
+                else if (gathered && block < blocks)
+                    gather.load(args, item.rows, tokens(), block, full());
+                else
+                    moe_barrier_arrive(full());
+            }
             stage.next(Shape::STAGES);
         }
     }
 
+    // ---- Items ----
+
     // Of a pair the first block takes items' numbers and sends them to the second. It is never NUMBERS ahead: its
-    // warp waits for one stage of each ring, so that the other block is less than two rings behind, and an item has two
-    // stages at the least.
+    // warp waits for one stage of each ring, so that the other block is less than two rings behind, an item has two
+    // stages at the least, and it knows one item in advance.
     __device__ uint32_t number_full() const
     {
         return shared + Shape::NUMBER_FULL + number.at * 8;
@@ -334,62 +458,84 @@ template <typename T, class Shape> struct ffn_loader {
         return static_cast<int32_t *>(__cvta_shared_to_generic(shared + Shape::NUMBER)) + number.at;
     }
 
-    __device__ __forceinline__ void send(uint32_t taken)
+    __device__ __forceinline__ void send(uint32_t item)
     {
-        moe_cluster_store(number_at(), 1, (int32_t)taken,
-                          static_cast<uint64_t *>(__cvta_shared_to_generic(number_full())));
+        if (threadIdx.x == 0)
+            moe_cluster_store(number_at(), 1, (int32_t)item,
+                              static_cast<uint64_t *>(__cvta_shared_to_generic(number_full())));
         number.next(NUMBERS);
     }
 
     __device__ __forceinline__ uint32_t receive()
     {
-        moe_barrier_expect(number_full(), sizeof(int32_t));
+        if (threadIdx.x == 0)
+            moe_barrier_expect(number_full(), sizeof(int32_t));
+        __syncwarp();
         moe_barrier_wait(number_full(), number.parity);
-        const uint32_t taken = (uint32_t)*number_at();
+        const uint32_t item = (uint32_t)*number_at();
         number.next(NUMBERS);
-        return taken;
+        return item;
     }
 
-    // The first thread, of a pair's first block, has taken item number `next`.
-    __device__ __forceinline__ void run(uint32_t next)
+    __device__ __forceinline__ void take()
     {
-        item_reader<Shape> reader{shared};
-        const bool first = threadIdx.x == 0;
-        moe_items items = args.items;
-        items.table = table();
-        items.blocks = Shape::BLOCKS; // the same, known to the compiler
+        if (threadIdx.x == 0 && rank == 0)
+            next = moe_fetch_add(args.taken, 1);
+        taking = TAKEN;
+    }
+
+    // The next item is taken while there are so many blocks of this one left that its number is there in time. But only
+    // at their end when few items are left, or where memory is the limit and some blocks are faster than others: who
+    // takes an item early keeps it from those who are free.
+    __device__ __forceinline__ void take_early(int blocks)
+    {
+        if (taking == EARLY && blocks <= 2 * Shape::STAGES && warp == 0)
+            take();
+    }
+
+    // By the first warp: finds the next item and tells all of the block.
+    __device__ __forceinline__ void tell()
+    {
+        const uint32_t count = moe_items_count(&items);
+        uint32_t current;
+        moe_item item = {};
+        if (taking != TAKEN)
+            take();
+        for (;; take()) {
+            current = Shape::PAIRED && rank > 0 ? receive() : __shfl_sync(0xffffffffu, next, 0);
+            if (current >= count)
+                break;
+            item = moe_items_at(&items, (int32_t)current, rank);
+            if (!Shape::PAIRED || item.rows > 0)
+                break;
+        }
+        taking = !args.once && current + 2 * gridDim.x / Shape::BLOCKS < count ? EARLY : LATE;
+        if (Shape::PAIRED && rank == 0)
+            send(current);
+        if (threadIdx.x == 0) {
+            const uint32_t at = reader.slot.at;
+            moe_barrier_wait(shared + Shape::SLOT_EMPTY + at * 8, reader.slot.parity ^ 1);
+            static_cast<moe_item *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[at] = item;
+            moe_barrier_arrive(shared + Shape::SLOT_FULL + at * 8);
+        }
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void run()
+    {
         if (Shape::ORDERED)
             moe_fence_async(); // what the kernel ahead stored comes before the tensor copies
-        moe_item item;
-        for (;;) {
-            if (first) {
-                item.rows = 0;
-                if (Shape::PAIRED && rank > 0)
-                    next = receive();
-                const uint32_t count = moe_items_count(&items);
-#pragma unroll 1
-                for (; next < count; next = atomicAdd(args.taken, 1)) {
-                    item = moe_items_at(&items, (int32_t)next, rank);
-                    if (!Shape::PAIRED || item.rows > 0)
-                        break;
-                }
-                if (Shape::PAIRED && rank == 0)
-                    send(next);
-                const uint32_t at = reader.slot.at;
-                moe_barrier_wait(shared + Shape::SLOT_EMPTY + at * 8, reader.slot.parity ^ 1);
-                static_cast<moe_item *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[at] = item;
-                moe_barrier_arrive(shared + Shape::SLOT_FULL + at * 8);
-            }
-            if (!reader.next(item))
-                return;
-            if (Shape::ORDERED || item.gemm2)
-                stream(item);
-            else
-                gather(item);
-            if (first && rank == 0) // not sooner: who takes an item early keeps it from those who are free
-                next = atomicAdd(args.taken, 1);
-            lend(item.gemm2 ? Shape::BORROWED2 : Shape::BORROWED1);
-        }
+        bool more;
+        do {
+            if (warp == 0)
+                tell();
+            const moe_item &item = reader.item(); // read there, not kept in registers
+            more = item.rows > 0;
+            load(item);
+            reader.done();
+        } while (more);
+        if (moe_elect())
+            moe_store_wait(); // shared memory is the block's only as long as it runs
     }
 };
 
@@ -399,15 +545,12 @@ template <typename T, class Shape> struct ffn_multiplier {
     const ffn_args &args;
     const uint32_t shared;
     const int half, thread; // which warpgroup of the two, and which thread in it
-    const bool sender;      // one thread, which starts the copies of the warpgroup's results and awaits them
     moe_ring_place stage;
-    int borrowed = -1;  // the stage that the last tile is leaving from
-    int unsettled = -1; // the tile of a GEMM 1 item whose results may not be in memory yet
     float d[M_BLOCKS][Shape::NMAX / 2];
 
     __device__ ffn_multiplier(const ffn_args &a, uint32_t s)
         : args(a), shared(s), half(__shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP - 1, 0)),
-          thread(threadIdx.x % WARPGROUP), sender(thread < 32 && moe_elect())
+          thread(threadIdx.x % WARPGROUP)
     {
     }
 
@@ -417,9 +560,9 @@ template <typename T, class Shape> struct ffn_multiplier {
     }
 
     // A stage is empty when both blocks of a pair have read it, for each brings some of it to both.
-    __device__ void release(uint32_t at) const
+    __device__ void release() const
     {
-        const uint32_t empty = shared + Shape::EMPTY + at * 8;
+        const uint32_t empty = shared + Shape::EMPTY + stage.at * 8;
         if constexpr (Shape::PAIRED) {
             if (thread % 32 < Shape::BLOCKS)
                 moe_cluster_barrier_arrive(empty, thread % 32);
@@ -428,38 +571,10 @@ template <typename T, class Shape> struct ffn_multiplier {
         }
     }
 
-    // Gives the borrowed stage back when the tile has left it: one thread, who started the copies, for all warps.
-    __device__ __forceinline__ void give_back()
-    {
-        if (sender) {
-            const uint32_t empty = shared + Shape::EMPTY + borrowed * 8;
-            moe_store_wait_read();
-            if constexpr (Shape::PAIRED) {
-                moe_cluster_barrier_arrive(empty, 0, WARPGROUP / 32);
-                moe_cluster_barrier_arrive(empty, 1, WARPGROUP / 32);
-            } else {
-                moe_barrier_arrive_as(empty, WARPGROUP / 32);
-            }
-        }
-        borrowed = -1;
-    }
-
-    // Lets GEMM 2 have a tile's results when they are in memory.
-    __device__ __forceinline__ void settle()
-    {
-        if (sender) {
-            moe_store_wait();
-            moe_add_release_both(args.finished + unsettled, args.all_finished, 1);
-        }
-        unsettled = -1;
-    }
-
     // d = weights . tokens^T over `blocks` stages. While this warpgroup waits for its products, to pass the stage on as
-    // early as can be, the other one's keep the tensor cores busy. What is left of the last tile is seen to while the
-    // first ones run.
+    // early as can be, the other one's keep the tensor cores busy.
     template <int N> __device__ __forceinline__ void multiply(int blocks, bool gathered)
     {
-        int chore = borrowed >= 0 ? 0 : unsettled >= 0 ? 2 : -1; // the block when it is time
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
             const uint32_t base = shared + stage.at * Shape::STAGE;
@@ -475,19 +590,10 @@ template <typename T, class Shape> struct ffn_multiplier {
                     moe_wgmma<T, N>::run(d[m], a + m * (TILE_BYTES / M_BLOCKS / 16) + k * 2, b + k * 2,
                                          (block | k) != 0);
             moe_wgmma_commit();
-            if (block == chore) {
-                if (block == 0)
-                    give_back();
-                else
-                    settle();
-                chore = unsettled >= 0 ? 2 : -1;
-            }
             moe_wgmma_wait();
-            release(stage.at);
+            release();
             stage.next(Shape::STAGES);
         }
-        if (unsettled >= 0)
-            settle();
     }
 
     // With the number of tokens, in steps from FIRST to LAST, known to the compiler. Halves: each jump to code that did
@@ -503,77 +609,25 @@ template <typename T, class Shape> struct ffn_multiplier {
             multiply_any<MIDDLE + 1, LAST>(steps, blocks, gathered);
     }
 
-    __device__ void sync() const
-    {
-        moe_named_sync(1 + half, WARPGROUP);
-    }
-
-    // Borrows `stages` stages and returns where this warpgroup's pieces go: each has one of two stages or half of one.
-    __device__ __forceinline__ uint32_t borrow(int stages, int bytes)
-    {
-        uint32_t place = 0;
-        for (int i = 0; i < stages; i++) {
-            wait_full();
-            if (stages == 1 || i == half) {
-                borrowed = stage.at;
-                place = shared + stage.at * Shape::STAGE + (stages == 1 ? half * bytes : 0);
-            } else {
-                release(stage.at);
-            }
-            stage.next(Shape::STAGES);
-        }
-        return place;
-    }
-
-    // Rows go out in boxes of 64 and 16 by tensor copies; what is left by the threads, so that no neighbour's rows are
-    // touched.
-    template <int PIECES>
-    __device__ __forceinline__ void send(uint32_t place, const CUtensorMap *by_64, const CUtensorMap *by_16, void *to,
-                                         int64_t columns, int64_t column, int row, int rows)
+    // Of the lent stages: each warp says that it has written what it had to.
+    __device__ __forceinline__ void pass_back(uint32_t at) const
     {
         moe_fence_async_shared();
-        sync();
-        if (thread < 32 && moe_elect()) {
-#pragma unroll
-            for (int p = 0; p < PIECES; p++) {
-                const int c = (int)column + p * COLS;
-                const uint32_t piece = place + p * Shape::PIECE;
-                int r = 0;
-#pragma unroll 1
-                for (; r + 64 <= rows; r += 64)
-                    moe_tensor_store_2d(by_64, piece + r * ROW_BYTES, c, row + r);
-#pragma unroll 1
-                for (; r + 16 <= rows; r += 16)
-                    moe_tensor_store_2d(by_16, piece + r * ROW_BYTES, c, row + r);
-            }
-            moe_store_commit();
-        }
-        const int whole = rows / 16 * 16;
-        if (whole == rows)
-            return;
-#pragma unroll 1
-        for (int i = thread; i < (rows - whole) * PIECES * 8; i += WARPGROUP) {
-            const int chunk = i % 8, p = i / 8 % PIECES, r = whole + i / 8 / PIECES;
-            const int64_t c = column + p * COLS + chunk * 8;
-            const void *from =
-                __cvta_shared_to_generic(place + p * Shape::PIECE + r * ROW_BYTES + ((chunk ^ (r & 7)) << 4));
-            if (c < columns)
-                *reinterpret_cast<uint4 *>((T *)to + (row + r) * columns + c) = *reinterpret_cast<const uint4 *>(from);
-        }
-        sync(); // before the sender gives the stage back, and says that all is in memory
+        __syncwarp();
+        if (thread % 32 == 0)
+            moe_barrier_arrive(shared + Shape::WRITTEN + at * 8);
     }
 
-    // For a warpgroup that has nothing to do in an item: passes on its stages and those to borrow.
-    __device__ __forceinline__ void go_along(int stages)
+    // For a warpgroup that has nothing to do in an item, or in some of its stages: passes them on, then those lent.
+    __device__ __forceinline__ void go_along(int blocks, int lent)
     {
-        if (borrowed >= 0)
-            give_back();
-        if (unsettled >= 0)
-            settle();
 #pragma unroll 1
-        for (int i = 0; i < stages; i++) {
+        for (int i = 0; i < blocks + lent; i++) {
             wait_full();
-            release(stage.at);
+            if (i < blocks)
+                release();
+            else
+                pass_back(stage.at);
             stage.next(Shape::STAGES);
         }
     }
@@ -582,34 +636,45 @@ template <typename T, class Shape> struct ffn_multiplier {
     __device__ __forceinline__ void finish_gated(const moe_item &item)
     {
         const int lane = thread % 32, warp = thread / 32;
-        const uint32_t place = borrow(Shape::BORROWED1, Shape::PIECE);
+        const uint32_t place = shared + stage.at * Shape::STAGE + half * Shape::PIECE;
+        // The second 64 weight rows have not been loaded where there are none. What was multiplied instead must not
+        // come together with results.
+        if (2 * args.intermediate - item.band * MOE_BAND_ROWS - half * MOE_PACKED_ROWS <= MOE_PACKED_ROWS / M_BLOCKS)
+#pragma unroll
+            for (int i = 0; i < Shape::NMAX / 2; i++)
+                d[1][i] = 0.0f;
+        wait_full();
 #pragma unroll
         for (int q = 0; q < Shape::NMAX; q += 32) {
             if (q >= item.rows)
                 break;
+            uint32_t v[M_BLOCKS][4];
 #pragma unroll
-            for (int m = 0; m < M_BLOCKS; m++) {
-                uint32_t v[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float *e = d[m] + (q / 8 + i) * 4;
-                    v[i] = moe_pair(moe_silu_fast(e[0]) * e[2], moe_silu_fast(e[1]) * e[3], T());
-                }
-                moe_stmatrix_trans(place + (q + lane) * ROW_BYTES + (((m * 4 + warp) ^ (lane & 7)) << 4), v[0], v[1],
-                                   v[2], v[3]);
+            for (int i = 0; i < 4; i++) {
+                static_assert(M_BLOCKS == 2, "two features of a token have their activation together");
+                float *e = d[0] + (q / 8 + i) * 4, *f = d[1] + (q / 8 + i) * 4;
+                moe_silu_fast_both(e[0], f[0]);
+                moe_silu_fast_both(e[1], f[1]);
+                v[0][i] = moe_pair(e[0] * e[2], e[1] * e[3], T());
+                v[1][i] = moe_pair(f[0] * f[2], f[1] * f[3], T());
             }
+#pragma unroll
+            for (int m = 0; m < M_BLOCKS; m++)
+                moe_stmatrix_trans(place + (q + lane) * ROW_BYTES + (((m * 4 + warp) ^ (lane & 7)) << 4), v[m][0],
+                                   v[m][1], v[m][2], v[m][3]);
         }
-        send<1>(place, &args.act_64, &args.act_16, args.act, args.intermediate,
-                (int64_t)item.band * (MOE_BAND_ROWS / 2) + half * 64, item.row, item.rows);
-        unsettled = item.tile;
+        pass_back(stage.at);
+        stage.next(Shape::STAGES);
     }
 
-    __device__ __forceinline__ void finish_down(const moe_item &item)
+    // Each warpgroup has a stage of its own.
+    __device__ __forceinline__ void finish_down(const moe_item &item, int lent)
     {
         const int lane = thread % 32, warp = thread / 32;
-        const uint32_t place = borrow(Shape::BORROWED2, 2 * Shape::PIECE);
-        const uint32_t to =
-            place + (lane / 16 * 8 + lane % 8) * ROW_BYTES + (((warp * 2 + lane / 8 % 2) ^ (lane & 7)) << 4);
+        go_along(0, half);
+        const uint32_t to = shared + stage.at * Shape::STAGE + (lane / 16 * 8 + lane % 8) * ROW_BYTES +
+                            (((warp * 2 + lane / 8 % 2) ^ (lane & 7)) << 4);
+        wait_full();
 #pragma unroll
         for (int q = 0; q < Shape::NMAX; q += MOE_ROW_STEP) {
             if (q >= item.rows)
@@ -621,39 +686,34 @@ template <typename T, class Shape> struct ffn_multiplier {
                                    moe_pair(e[2], e[3], T()), moe_pair(e[4], e[5], T()), moe_pair(e[6], e[7], T()));
             }
         }
-        send<2>(place, &args.down_64, &args.down_16, args.down, args.hidden,
-                (int64_t)item.band * MOE_BAND_ROWS + half * 128, item.row, item.rows);
+        pass_back(stage.at);
+        stage.next(Shape::STAGES);
+        go_along(0, lent - 1 - half);
     }
 
     __device__ __forceinline__ void run()
     {
         item_reader<Shape> reader{shared};
         const int blocks1 = (args.hidden + COLS - 1) / COLS, blocks2 = (args.intermediate + COLS - 1) / COLS;
-        moe_item item;
         for (;;) {
-            const bool more = reader.next(item);
-            // What this block waits for from here on may be its own results.
-            if (unsettled >= 0 && (!more || item.gemm2))
-                settle();
-            if (!more)
+            const moe_item item = reader.item();
+            reader.done();
+            if (item.rows == 0)
                 break;
             const int blocks = item.gemm2 ? blocks2 : blocks1;
+            const int lent = lent_stages(item.gemm2, blocks);
             const int rows = item.gemm2 ? args.hidden : 2 * args.intermediate; // of weights
             if (item.idle || item.band * MOE_BAND_ROWS + half * MOE_PACKED_ROWS >= rows) {
-                go_along(blocks + (item.gemm2 ? Shape::BORROWED2 : Shape::BORROWED1));
-                if (!item.gemm2 && !item.idle)
-                    unsettled = item.tile;
+                go_along(blocks, lent);
                 continue;
             }
             multiply_any<1, Shape::NMAX / MOE_ROW_STEP>((item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP, blocks,
                                                         !Shape::ORDERED && !item.gemm2);
             if (item.gemm2)
-                finish_down(item);
+                finish_down(item, lent);
             else
                 finish_gated(item);
         }
-        if (sender)
-            moe_store_wait(); // shared memory is the block's only as long as it runs
     }
 };
 
@@ -694,6 +754,7 @@ __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_consta
         for (int i = 0; i < Shape::STAGES; i++) {
             moe_barrier_init(shared + Shape::FULL + i * 8, Shape::FILLERS);
             moe_barrier_init(shared + Shape::EMPTY + i * 8, Shape::BLOCKS * MULTIPLIERS * WARPGROUP / 32);
+            moe_barrier_init(shared + Shape::WRITTEN + i * 8, MULTIPLIERS * WARPGROUP / 32);
         }
         for (int i = 0; i < SLOTS; i++) {
             moe_barrier_init(shared + Shape::SLOT_FULL + i * 8, 1);
@@ -724,7 +785,7 @@ __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_consta
     // 168 registers a thread at the start: what the loading warpgroup gives up the multiplying ones get.
     if (threadIdx.x < WARPGROUP) {
         moe_registers_less<56>();
-        ffn_loader<T, Shape>{args, shared, rank}.run(next);
+        ffn_loader<Shape>(args, shared, rank, next).run();
     } else {
         moe_registers_more<224>();
         ffn_multiplier<T, Shape>(args, shared).run();
