@@ -3,7 +3,8 @@
 // each block. The blocks first count their ranges; then each adds up the counts of the blocks before it, which says
 // where its rows of each group begin, and places its pairs. Few pairs do both in one launch, by one block or by a
 // cluster of blocks, which read each other's counts in shared memory; many need two launches, between which the counts
-// lie in the scratch. Very few tokens get a kernel that chooses their ids as well, and sorts them by simpler means.
+// lie in the scratch. Very few tokens get a kernel that chooses their ids as well, and sorts them by simpler means;
+// many whose ids are chosen just before get one that goes by a tally (plan_tally.cu).
 //
 // A block places a tile of pairs at a time, one pair a thread: a warp ranks its 32 pairs among themselves, a sum over
 // the warps before it ranks the warp. So a tile costs a few hundred cycles of latency, whatever the routing.
@@ -11,16 +12,11 @@
 
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/ptx.cuh"
-#include "kernels/cuda/common/scan.cuh"
-#include "router/router.h"
+#include "router/plan.cuh"
 #include "router/topk.cuh"
 
 namespace
 {
-
-constexpr unsigned ALL_LANES = 0xffffffffu;
-constexpr int THREADS = 1024; // of a block, at most: little work gets fewer, which meet sooner
-constexpr int WARPS = THREADS / 32;
 
 // A thread looks after these groups: threadIdx.x + blockDim.x * i.
 constexpr int PER_THREAD = MOE_MAX_EXPERTS / THREADS;
@@ -28,8 +24,9 @@ constexpr int PER_THREAD = MOE_MAX_EXPERTS / THREADS;
 // What a cluster has: as many blocks as every device with clusters can run.
 constexpr int CLUSTER = 8;
 
-// Up to this many pairs a block, one launch is quicker than two: by reckoning a tile more costs a fifth of a launch.
-constexpr int64_t WHOLE_PAIRS = 4 * THREADS;
+// Up to this many pairs a block, one launch is quicker than two, which share the stores among all SMs: of rows all over
+// memory an SM stores one element a cycle at best.
+constexpr int64_t WHOLE_PAIRS = THREADS;
 
 // Up to this many tokens one block chooses their experts as quickly as a cluster, in which the counts have to go
 // around: that takes about as long as the instructions of four tokens, instead of one, on each scheduler.
@@ -44,9 +41,6 @@ constexpr int CHOOSING_THREADS = 512;
 constexpr int CHOOSING_EXPERTS = CHOOSING_THREADS;
 constexpr int CHOOSING_TOP_K = 32;
 static_assert(ALONE_TOKENS * CHOOSING_TOP_K <= CHOOSING_THREADS, "one block has threads for its pairs");
-
-// Of the two launches: as many blocks as there are SMs, about, since each reads the counts of all.
-constexpr int MAX_BLOCKS = 128;
 
 // Dynamic shared memory: int32 [2][groups], then uint16 [ranking warps][groups], all within the 48 KB that need no
 // leave. With very many groups not all warps have counters; the others then take no pairs.
@@ -98,17 +92,6 @@ __device__ inline block_pairs pairs_of_block(const moe_plan_args &args, int64_t 
     return {args, begin, min(begin + range, all)};
 }
 
-// The memory of the step that comes next, spread over the grid. The last threads of a block go first: they have the
-// least to do otherwise.
-__device__ inline void set_zeroed(const moe_plan_args &args)
-{
-    const uint4 *const end = (const uint4 *)((const char *)args.zeroed + args.zeroed_bytes);
-#pragma unroll 1
-    for (uint4 *p = (uint4 *)args.zeroed + (blockIdx.x + 1) * blockDim.x - 1 - threadIdx.x; p < end;
-         p += gridDim.x * blockDim.x)
-        *p = uint4();
-}
-
 // Pairs counted into counts[groups] in shared memory, by the whole block. Which thread adds first has no influence on a
 // sum of integers.
 __device__ inline void count_pairs(const block_pairs &pairs, int32_t *counts)
@@ -129,20 +112,6 @@ __device__ inline void count_pairs(const block_pairs &pairs, int32_t *counts)
                 atomicAdd(&counts[group[a]], 1);
     }
     __syncthreads();
-}
-
-// Exclusive scan of one number a thread; `sum` becomes the sum of all. warp_sums is in use until the block's next
-// barrier.
-__device__ inline int32_t scan_block(int32_t own, int32_t (&warp_sums)[WARPS], int32_t &sum)
-{
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int32_t inclusive = moe_scan_warp(own);
-    if (lane == 31)
-        warp_sums[warp] = inclusive;
-    __syncthreads();
-    const int32_t of_lane = lane < blockDim.x / 32 ? warp_sums[lane] : 0;
-    sum = __reduce_add_sync(ALL_LANES, of_lane);
-    return inclusive - own + __reduce_add_sync(ALL_LANES, lane < warp ? of_lane : 0);
 }
 
 // Where the next row of each group of this thread goes, next[i] for its i-th. count_of(g, count, before) says how many
@@ -235,17 +204,6 @@ struct tile_counters {
         return g >= 0 ? first[g] + counts[threadIdx.x / 32 * groups + g] + rank : -1;
     }
 };
-
-// `token` is i / slots, which takes long enough to be worked out while there is something to wait for.
-__device__ inline void place_pair(const moe_plan_args &args, int64_t i, uint32_t token, int32_t row, float weight)
-{
-    args.plan.slot_row[i] = row;
-    if (row >= 0) {
-        args.plan.row_token[row] = (int32_t)token;
-        args.plan.row_slot[row] = (int32_t)((uint32_t)i - token * (uint32_t)args.slots);
-        args.plan.row_weight[row] = weight;
-    }
-}
 
 // Places the pairs of a block, tile by tile. next[i]: where the next row of this thread's i-th group goes.
 __device__ inline void place_tiles(const block_pairs &pairs, const tile_counters &counters, int32_t (&next)[PER_THREAD])
@@ -460,8 +418,11 @@ __global__ void __launch_bounds__(CHOOSING_THREADS)
 
 // ---- Two launches ----
 
+// Threads that add up the counts of one group together, at most.
+constexpr int MOST_SHARING = 32;
+
 // Scratch [block][groups]: each block's counts.
-__global__ void __launch_bounds__(THREADS, 1) plan_count(const moe_plan_args args, int64_t range)
+__global__ void __launch_bounds__(THREADS) plan_count(const moe_plan_args args, int64_t range)
 {
     extern __shared__ int2 shared[];
     int32_t *const counts = (int32_t *)shared;
@@ -473,24 +434,27 @@ __global__ void __launch_bounds__(THREADS, 1) plan_count(const moe_plan_args arg
         ((int32_t *)args.scratch)[(int64_t)blockIdx.x * args.groups + g] = counts[g];
 }
 
-// The counts of all blocks added up, for group g of this thread: `sum` of all, `before` of those before this block.
-__device__ inline void add_counts(const moe_plan_args &args, int g, int32_t &sum, int32_t &before)
+// The counts of blocks b0, b0 + step, ... added up, for group g: x of all, y of those before this block.
+__device__ inline int2 add_counts(const moe_plan_args &args, int g, int b0, int step)
 {
     constexpr int AHEAD = 16;
     const int32_t *counts = (const int32_t *)args.scratch + g;
     const int blocks = gridDim.x;
-    sum = before = 0;
-    for (int b0 = 0; b0 < blocks; b0 += AHEAD) {
+    int2 sum = {};
+    for (; b0 < blocks; b0 += AHEAD * step) {
         int32_t count[AHEAD];
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++)
-            count[a] = b0 + a < blocks ? counts[(int64_t)(b0 + a) * args.groups] : 0;
+        for (int a = 0; a < AHEAD; a++) {
+            const int b = b0 + a * step;
+            count[a] = b < blocks ? counts[(int64_t)b * args.groups] : 0;
+        }
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
-            sum += count[a];
-            before += b0 + a < blockIdx.x ? count[a] : 0;
+            sum.x += count[a];
+            sum.y += b0 + a * step < blockIdx.x ? count[a] : 0;
         }
     }
+    return sum;
 }
 
 __global__ void __launch_bounds__(THREADS, 1) plan_place(const moe_plan_args args, int64_t range, int ranking)
@@ -500,9 +464,30 @@ __global__ void __launch_bounds__(THREADS, 1) plan_place(const moe_plan_args arg
                                     (uint16_t *)((int32_t *)shared + args.groups)};
     moe_grid_launch_dependents();
     moe_grid_wait();
+
+    // With few groups several threads share one: it takes as long as its loads that wait for each other. What they have
+    // added up lies where the tiles' counters will be.
+    int2 *const shares = shared;
+    const int groups = args.groups, sharing = min((int)blockDim.x / groups, MOST_SHARING);
+    if (sharing > 1) {
+        const int share = threadIdx.x / groups;
+        if (share < sharing)
+            shares[threadIdx.x] = add_counts(args, threadIdx.x - share * groups, share, sharing);
+        __syncthreads();
+    }
+    const auto count_of = [&](int g, int32_t &count, int32_t &before) {
+        int2 sum = {};
+        if (sharing <= 1)
+            sum = add_counts(args, g, 0, 1);
+        for (int share = 0; sharing > 1 && share < sharing; share++) {
+            sum.x += shares[share * groups + g].x;
+            sum.y += shares[share * groups + g].y;
+        }
+        count = sum.x;
+        before = sum.y;
+    };
     int32_t next[PER_THREAD] = {};
-    begin_rows(
-        args, [&](int g, int32_t &count, int32_t &before) { add_counts(args, g, count, before); }, next);
+    begin_rows(args, count_of, next);
     place_tiles(pairs_of_block(args, range), counters, next);
 }
 
@@ -523,16 +508,32 @@ moe_status moe_plan_cuda(const struct moe_plan_args *args, const struct moe_gpu 
 
     // A whole number of MOE_PLAN_BLOCK pairs each, so that there are no more blocks than the scratch has room for.
     const int64_t parts = moe_ceil_div(pairs, MOE_PLAN_BLOCK);
-    const int64_t most = gpu->max_sms > 0 && gpu->max_sms < MAX_BLOCKS ? gpu->max_sms : MAX_BLOCKS;
+    const int64_t most = gpu->max_sms > 0 && gpu->max_sms < MOE_PLAN_BLOCKS ? gpu->max_sms : MOE_PLAN_BLOCKS;
     const int64_t range = MOE_PLAN_BLOCK * moe_ceil_div(parts, most);
     const unsigned grid = (unsigned)moe_ceil_div(pairs, range);
     const layout shared = lay_out(args->groups, range, THREADS);
-    moe_launch(plan_count, grid, THREADS, args->groups * sizeof(int32_t), gpu->stream, gpu->dependent, *args, range);
+    moe_launch(plan_count, grid, (unsigned)std::min(range, (int64_t)THREADS), args->groups * sizeof(int32_t),
+               gpu->stream, gpu->dependent, *args, range);
     const moe_status status = moe_launched(NULL, "plan_count");
     if (status != MOE_OK)
         return status;
-    moe_launch(plan_place, grid, THREADS, shared.bytes, gpu->stream, gpu->dependent, *args, range, shared.ranking);
+    const size_t bytes = std::max(shared.bytes, THREADS * sizeof(int2));
+    moe_launch(plan_place, grid, THREADS, bytes, gpu->stream, gpu->dependent, *args, range, shared.ranking);
     return moe_launched(NULL, "plan_place");
+}
+
+// For more tokens than one launch takes, or none.
+static moe_status topk_then_plan(const struct moe_gate_args *gate, const struct moe_plan_args *args,
+                                 const struct moe_gpu *gpu)
+{
+    if (gate->tokens == 0 || gate->experts > MOE_TALLY_EXPERTS || gate->top_k > MOE_TALLY_TOP_K ||
+        args->expert_group != NULL) {
+        const moe_status status = moe_topk_cuda(gate, gpu);
+        return status == MOE_OK ? moe_plan_cuda(args, gpu) : status;
+    }
+    struct moe_tally tally = {(uint32_t *)args->scratch, 0};
+    const moe_status status = moe_topk_tally_cuda(gate, &tally, gpu);
+    return status == MOE_OK ? moe_plan_tally_cuda(args, &tally, gpu) : status;
 }
 
 moe_status moe_topk_plan_cuda(const struct moe_gate_args *gate, const struct moe_plan_args *args,
@@ -541,10 +542,8 @@ moe_status moe_topk_plan_cuda(const struct moe_gate_args *gate, const struct moe
     const int blocks = gate->tokens <= ALONE_TOKENS ? 1 : most_blocks(*gpu);
     const int64_t tokens = moe_ceil_div(gate->tokens, blocks), pairs = tokens * gate->top_k;
     if (tokens == 0 || tokens > CHOOSING_TOKENS || pairs > CHOOSING_THREADS || gate->top_k > CHOOSING_TOP_K ||
-        gate->experts > CHOOSING_EXPERTS || args->expert_group != NULL) {
-        const moe_status status = moe_topk_cuda(gate, gpu);
-        return status == MOE_OK ? moe_plan_cuda(args, gpu) : status;
-    }
+        gate->experts > CHOOSING_EXPERTS || args->expert_group != NULL)
+        return topk_then_plan(gate, args, gpu);
     const int64_t work = std::max({32 * tokens, pairs, zeroing_threads(*args, blocks), (int64_t)128});
     const int threads = std::max((int)std::min(work, (int64_t)CHOOSING_THREADS), gate->experts);
     moe_with_experts_a_lane<CHOOSING_EXPERTS / 32>(gate->experts, [&](auto per) {

@@ -4,13 +4,19 @@
 
 #include "router/router.h"
 
-/* The CUDA form keeps a count for each (block of pairs, group), the plain form needs nothing; a workspace serves both.
- */
+static int64_t ceil_div(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
+/* The CUDA form keeps counts for ranges of pairs or a tally, the plain form needs nothing; a workspace serves both. */
 size_t moe_plan_scratch_bytes(int64_t tokens, int32_t slots, int32_t groups)
 {
-    int64_t blocks = (tokens * slots + MOE_PLAN_BLOCK - 1) / MOE_PLAN_BLOCK;
+    int64_t blocks = ceil_div(tokens * slots, MOE_PLAN_BLOCK), counts, tally;
 
-    return (size_t)blocks * (size_t)groups * sizeof(int32_t);
+    counts = (blocks < MOE_PLAN_BLOCKS ? blocks : MOE_PLAN_BLOCKS) * groups;
+    tally = groups <= MOE_TALLY_EXPERTS ? ceil_div(tokens, MOE_TALLY_RANGE) * ceil_div(groups, 4) : 0;
+    return (size_t)(counts > tally ? counts : tally) * sizeof(int32_t);
 }
 
 /* The group that pair i (= token * slots + slot) goes to; -1: none. */

@@ -76,17 +76,40 @@ struct moe_plan_args {
     size_t zeroed_bytes; /* a multiple of 16; zeroed is aligned to 16 */
 };
 
-/* The CUDA form counts ranges of at least this many (token, slot) pairs, each by itself: its scratch is int32
- * [ranges][groups]. */
-enum { MOE_PLAN_BLOCK = 1024 };
+/*
+ * The CUDA form's scratch, one or the other: int32 [ranges][groups], counts of at most MOE_PLAN_BLOCKS ranges of
+ * MOE_PLAN_BLOCK or more (token, slot) pairs; or a tally with ranges of MOE_TALLY_RANGE tokens or more.
+ */
+enum { MOE_PLAN_BLOCK = 256, MOE_PLAN_BLOCKS = 128, MOE_TALLY_RANGE = 8 };
 
 /* T * S must be at most INT32_MAX. Serves both forms (plan_ref.c). */
 size_t moe_plan_scratch_bytes(int64_t tokens, int32_t slots, int32_t groups);
 void moe_plan_ref(const struct moe_plan_args *args);
 moe_status moe_plan_cuda(const struct moe_plan_args *args, const struct moe_gpu *gpu);
 
+/*
+ * A tally: how many tokens of each range of `range` tokens have chosen each expert. Whoever chooses experts on the GPU
+ * leaves one, by which the plan's blocks know where their rows go without having seen the ids of others. A range is
+ * 255 tokens at most, as a token's ids differ and its count is a byte; the last one has what is left. Four neighbouring
+ * experts share a word, the first in the lowest byte (router/tally.cuh).
+ */
+struct moe_tally {
+    uint32_t *counts; /* [ceil(T / range)][ceil(E / 4)] */
+    int32_t range;
+};
+
+/* Experts and top_k that there can be a tally of. */
+enum { MOE_TALLY_EXPERTS = 512, MOE_TALLY_TOP_K = 32 };
+
+/* moe_topk_cuda, which also fills tally->counts (in the plan's scratch) and says of what range. */
+moe_status moe_topk_tally_cuda(const struct moe_gate_args *args, struct moe_tally *tally, const struct moe_gpu *gpu);
+/* moe_plan_cuda of ids (MOE_I32) that are all of experts, those of a token different ones, and of which there is a
+ * tally. expert_group is NULL, and there are tokens. */
+moe_status moe_plan_tally_cuda(const struct moe_plan_args *args, const struct moe_tally *tally,
+                               const struct moe_gpu *gpu);
+
 /* moe_topk_cuda, then moe_plan_cuda of its ids and weights (args->ids, of type MOE_I32, and weights are gate's, slots
- * is its top_k), to the same bits: for few tokens in one launch. */
+ * is its top_k), to the same bits: for few tokens in one launch, for many by a tally. */
 moe_status moe_topk_plan_cuda(const struct moe_gate_args *gate, const struct moe_plan_args *args,
                               const struct moe_gpu *gpu);
 
