@@ -419,7 +419,7 @@ moe_status moe_topk_cuda(const struct moe_gate_args *args, const struct moe_gpu 
 
 // Long ranges leave less for the plan to add up, short ones share the tokens more evenly among the SMs. By reckoning
 // half a range costs an SM 60 cycles a token and the plan 3 a range, with 128 experts, and both in proportion with
-// others: so the best range has tokens / 10 for its square. This is the nearest power of two, or the one before it.
+// others: so the best range has tokens / 10 for its square. This is about the nearest power of two.
 moe_status moe_topk_tally_cuda(const struct moe_gate_args *args, struct moe_tally *tally, const struct moe_gpu *gpu)
 {
     tally->range = MOE_TALLY_RANGE;
