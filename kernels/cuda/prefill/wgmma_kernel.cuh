@@ -432,11 +432,9 @@ template <class Shape> struct ffn_loader {
                 }
                 if (own)
                     take_early(blocks - block);
-                if (Shape::ORDERED)
-                    ;
-                else if (gathered && block < blocks)
+                if (gathered && block < blocks)
                     gather.load(args, item.rows, tokens(), block, full());
-                else
+                else if (!Shape::ORDERED)
                     moe_barrier_arrive(full());
             }
             stage.next(Shape::STAGES);
