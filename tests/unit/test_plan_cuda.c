@@ -350,7 +350,8 @@ int main(void)
         return SKIP;
     int32_t previous;
     bool capturing;
-    moe_cuda_enter(ctx->info.device_index, NULL, &previous, &capturing, NULL);
+    if (moe_cuda_enter(ctx->info.device_index, NULL, &previous, &capturing, NULL) != MOE_OK)
+        return 1;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(given_ids),
         cmocka_unit_test(chosen_ids),

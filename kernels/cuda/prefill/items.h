@@ -15,6 +15,7 @@
 #ifndef MOE_KERNELS_CUDA_PREFILL_ITEMS_H
 #define MOE_KERNELS_CUDA_PREFILL_ITEMS_H
 
+#include <assert.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -110,29 +111,32 @@ static MOE_HOST_DEVICE inline int32_t moe_items_count(const struct moe_items *it
            (moe_items_of_tile(items->bands1, items->blocks) + moe_items_of_tile(items->bands2, items->blocks));
 }
 
-/* The last entry that begins with item `at` of a GEMM or before: others that begin with the same one have no tiles. On
- * the device by a whole warp, which looks at 32 entries at a time: the one thing here that no test on the host runs. */
+/* Of 32 entries, from `entry` on and `step` apart, how many begin with item `at` of a GEMM or before. On the device by
+ * a whole warp, a lane for each. */
+static MOE_HOST_DEVICE inline int32_t moe_items_begun(const struct moe_items *items, int32_t of_tile, uint32_t at,
+                                                      int32_t entry, int32_t step)
+{
+#ifdef __CUDA_ARCH__
+    uint32_t lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane)); /* so that what follows from it takes no registers elsewhere */
+    const int32_t own = entry + (int32_t)lane * step;
+    const bool begun = own < items->entries && (uint32_t)(items->table[own].tile * of_tile) <= at;
+    return __popc(__ballot_sync(0xffffffffu, begun));
+#else
+    int32_t begun = 0;
+    for (int32_t own = entry; own < entry + 32 * step && own < items->entries; own += step)
+        begun += (uint32_t)(items->table[own].tile * of_tile) <= at;
+    return begun;
+#endif
+}
+
+/* The last entry that begins with this item or before: others that begin with the same one have no tiles. */
 static MOE_HOST_DEVICE inline int32_t moe_items_entry(const struct moe_items *items, int32_t of_tile, uint32_t at)
 {
     int32_t entry = 0;
-#ifdef __CUDA_ARCH__
     static_assert(MOE_ITEM_TABLE <= 32 * 32, "two steps find any entry");
-    uint32_t lane;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane)); /* so that what follows from it takes no registers elsewhere */
-    for (int32_t step = 32; step > 0; step /= 32) {
-        const int32_t own = entry + (int32_t)lane * step;
-        const bool before = own < items->entries && (uint32_t)(items->table[own].tile * of_tile) <= at;
-        entry += (__popc(__ballot_sync(0xffffffffu, before)) - 1) * step;
-    }
-#else
-    for (int32_t end = items->entries; end - entry > 1;) {
-        const int32_t middle = (entry + end) / 2;
-        if ((uint32_t)(items->table[middle].tile * of_tile) <= at)
-            entry = middle;
-        else
-            end = middle;
-    }
-#endif
+    for (int32_t step = 32; step > 0; step /= 32)
+        entry += (moe_items_begun(items, of_tile, at, entry, step) - 1) * step;
     return entry;
 }
 
