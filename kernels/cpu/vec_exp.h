@@ -25,9 +25,12 @@ INLINE vf vf_exp(vf a)
     return vf_scale(p, n);
 }
 
+/* Where the exponential ends a number below zero must end too: the result is -4e-37 there, not a share of it. */
 INLINE vf vf_silu(vf a)
 {
-    return vf_div(a, vf_add(vf_set(1.0f), vf_exp(vf_mul(a, vf_set(-1.0f)))));
+    vf e = vf_exp(vf_mul(a, vf_set(-1.0f)));
+
+    return vf_div(vf_max(vf_set(-88.3f), a), vf_add(vf_set(1.0f), e));
 }
 
 #endif

@@ -71,7 +71,8 @@ int bench(struct checker *checker, const char *shape, moe_dtype dtype)
                           .ids_dtype = MOE_I32,
                           .renormalize = 1,
                           .routing = "random",
-                          .gating = "random"};
+                          .gating = "random",
+                          .activation = "random"};
     struct arena *arena = &checker->arena;
     moe_layer_weights weights = moe_layer_weights_init();
     moe_layer *layers[LAYOUTS] = {NULL};

@@ -124,6 +124,7 @@ static const char *const routings[] = {"random",       "random",      "zipf",   
                                        "same experts", "few experts", "no expert", "bad ids",
                                        "duplicates",   "last expert", "edges",     "edges"};
 static const char *const gatings[] = {"random", "random", "equal", "ties", "huge", "tiny", "special"};
+static const char *const activations[] = {"random", "random", "random", "far gates"};
 
 /* Halves one size after the other until the layer is within its cost. */
 static void shrink(struct test_case *c, struct random *random, int64_t work, int64_t elements)
@@ -216,6 +217,7 @@ void case_draw(struct test_case *c, uint64_t seed, struct case_kind kind)
     c->gating = gatings[random_between(&random, 0, sizeof gatings / sizeof gatings[0] - 1)];
     c->layout = (moe_layout)PICK(&random, MOE_LAYOUT_AUTO, MOE_LAYOUT_ROW_MAJOR, MOE_LAYOUT_PACKED);
     c->config = (uint32_t)random_u64(&random);
+    c->activation = activations[random_between(&random, 0, sizeof activations / sizeof activations[0] - 1)];
 }
 
 /* `scale` times normal numbers, rounded to dtype. From PERIOD elements on they repeat: quickly made, and no wrong
@@ -349,6 +351,42 @@ static void make_logits(struct test_case *c, struct random *random)
     }
 }
 
+/*
+ * Half of the features, never an expert's first, get a gate far from zero, the same for all tokens: one column of the
+ * hidden states is all ones, and the gate's row has a weight there beside which its other terms vanish. So no sum
+ * overflows on its way.
+ *
+ * Below zero, down to -3e38 (f16: -57344), silu is zero, and a fast one leaves 1e-16. The features that stay as they
+ * are give the row its size; what a wrong silu makes of such a gate, a share of it or NaN, or of the feature beside it,
+ * shows against that.
+ *
+ * Above zero silu is the gate itself, and up's row shrinks by the power of two that the gate has. So these acts are as
+ * large as others: they count by their relative error, hide nothing and do not overflow. The power ends where up's
+ * weights would no longer be normal numbers (in f16 some are not).
+ */
+static void make_far_gates(struct test_case *c, struct random *random)
+{
+    const bool f16 = c->dtype == MOE_F16;
+    const int64_t hidden = c->hidden, width = c->intermediate, column = random_between(random, 0, hidden - 1);
+
+    for (int64_t t = 0; t < c->tokens; t++)
+        moe_store_f32(c->input, c->io_dtype, t * hidden + column, 1);
+    for (int64_t feature = 0; feature < c->experts * width; feature++) {
+        const int64_t gate = feature / width * 2 * width + feature % width, up = gate + width;
+        const int sign = (int)PICK(random, 0, 0, -1, 1);
+        const int64_t last = sign < 0 ? (f16 ? 15 : 127) : (f16 ? 8 : 100);
+        /* a third of them near 2^6, beyond which exponentials overflow */
+        const int exponent = (int)random_between(random, 5, PICK(random, 7, last, last));
+
+        if (sign == 0 || feature % width == 0)
+            continue;
+        moe_store_f32(c->w13, c->dtype, gate * hidden + column,
+                      (float)ldexp(sign * (1 + 0.75 * random_unit(random)), exponent));
+        for (int64_t i = up * hidden; sign > 0 && i < (up + 1) * hidden; i++)
+            moe_store_f32(c->w13, c->dtype, i, ldexpf(moe_load_f32(c->w13, c->dtype, i), -exponent));
+    }
+}
+
 void case_fill(struct test_case *c)
 {
     struct random random = {c->seed ^ UINT64_C(0x5bd1e995)};
@@ -365,6 +403,8 @@ void case_fill(struct test_case *c)
     c->w2 = make_matrix(&random, c->experts * c->hidden * c->intermediate, c->dtype, 1 / sqrt((double)c->intermediate));
     make_routing(c, &random);
     make_logits(c, &random);
+    if (is(c->activation, "far gates"))
+        make_far_gates(c, &random);
     moe_convert(c->x, c->dtype, c->input, c->io_dtype, width);
     if (is(c->gating, "equal")) /* equal rows give equal logits, whatever x is */
         for (int32_t e = 1; e < c->experts; e++)
@@ -391,12 +431,13 @@ void case_print(const struct test_case *c, FILE *file)
     fprintf(file,
             "%s tokens=%" PRId64 " hidden=%" PRId64 " intermediate=%" PRId64
             " experts=%d top_k=%d slots=%d dtype=%s io=%s "
-            "gate=%s logits=%s weights=%s ids=%s renormalize=%d max_sms=%d layout=%s%s%s, routing: %s, gating: %s",
+            "gate=%s logits=%s weights=%s ids=%s renormalize=%d max_sms=%d layout=%s%s%s, routing: %s, gating: %s, "
+            "activation: %s",
             levels[c->level], c->tokens, c->hidden, c->intermediate, c->experts, c->top_k, c->slots,
             moe_dtype_name(c->dtype), moe_dtype_name(c->io_dtype), moe_dtype_name(c->gate_dtype),
             moe_dtype_name(c->logits_dtype), moe_dtype_name(c->topk_weight_dtype), moe_dtype_name(c->ids_dtype),
             c->renormalize, c->max_sms, layout_names[c->layout], c->misaligned ? " misaligned" : "",
-            c->outputs_given ? "" : " outputs=NULL", c->routing, c->gating);
+            c->outputs_given ? "" : " outputs=NULL", c->routing, c->gating, c->activation);
 }
 
 moe_layer_desc case_desc(const struct test_case *c)

@@ -56,7 +56,7 @@ struct test_case {
     bool misaligned;      /* buffers begin on the smallest alignment that the interface allows */
     int64_t spare_tokens; /* the workspace is sized for so many more */
     int repeats;          /* runs that must give the same bits */
-    const char *routing, *gating;
+    const char *routing, *gating, *activation;
 
     void *input;    /* [T, H] io_dtype */
     void *x;        /* [T, H] dtype: what the experts see */

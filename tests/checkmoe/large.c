@@ -208,7 +208,8 @@ int large(struct checker *checker)
                               .topk_weight_dtype = MOE_F32,
                               .ids_dtype = MOE_I32,
                               .routing = "random",
-                              .gating = "random"};
+                              .gating = "random",
+                              .activation = "random"};
 
         printf("large: %s: ", shapes[i].what);
         case_print(&c, stdout);
