@@ -47,6 +47,7 @@ struct moe_call {
     void *stream;
     struct moe_error *error;
     unsigned stages; /* that this call runs (runtime/internal.h); 0: each step by itself, whatever came before */
+    bool routed;     /* the FFN's step does what topk and plan do, whose steps have nothing to do then */
     int32_t max_sms; /* 0: all */
     int32_t config;  /* of the path (its configurations are numbered from 1); 0: the path chooses */
 
@@ -143,6 +144,9 @@ moe_status moe_prefill_config_check(const struct moe_exec *exec, int32_t config,
 moe_status moe_ffn_decode(const struct moe_call *call);
 size_t moe_scratch_decode(const struct moe_call *call);
 size_t moe_zeroed_decode(const struct moe_call *call);
+/* Whether a call can be `routed`: then the same memory is zero when the logits are there, and the launch lets the next
+ * kernel start when ids, weights and the plan are complete. */
+bool moe_decode_routes(const struct moe_call *call);
 const char *moe_decode_config_name(int32_t config);
 int32_t moe_decode_config(const struct moe_call *call);
 moe_status moe_decode_config_check(const struct moe_exec *exec, int32_t config, struct moe_error *why);

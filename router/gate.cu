@@ -6,7 +6,7 @@
 #include "kernels/cuda/common/dtype.cuh"
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/ptx.cuh"
-#include "router/router.h"
+#include "router/place.cuh"
 #include "router/tally.cuh"
 #include "router/topk.cuh"
 
@@ -169,6 +169,7 @@ __global__ void __launch_bounds__(SLICES * 32, BLOCKS) logits_tensor(const moe_g
             __syncthreads(); // parts are written again
         }
     }
+    moe_set_zeroed(args.zeroed, args.zeroed_bytes);
 }
 
 // Rows of x and gate that the busiest SM reads with tiles of this size: what a tile shape is judged by, since the
@@ -188,8 +189,11 @@ template <typename T, int MI, int NI, int AHEAD, int BLOCKS, bool HALF = false> 
         const unsigned grid = moe_grid(tiles, gpu->max_sms, gpu->sms, BLOCKS);
         const int64_t slice = moe_ceil_div(moe_ceil_div(args->hidden, STEP), SLICES) * STEP;
         const tiling cut = {tokens, experts, (int)moe_ceil_div(args->experts, experts), (uint32_t)tiles, (int)slice};
-        moe_launch(logits_tensor<T, MI, NI, AHEAD, BLOCKS, HALF>, grid, SLICES * 32, 0, gpu->stream, gpu->dependent,
-                   *args, cut);
+        const auto kernel = logits_tensor<T, MI, NI, AHEAD, BLOCKS, HALF>;
+        if (MI * NI == 1) // the FFN's blocks, which need a lot of shared memory, can start beside these
+            cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+        moe_launch(kernel, grid, SLICES * 32, 0, gpu->stream, gpu->dependent, *args, cut);
     }
 };
 
@@ -314,6 +318,7 @@ __global__ void __launch_bounds__(LOGIT_WARPS * 32, 2) logits_kernel(const moe_g
         }
         __syncthreads(); // the next tile writes parts again
     }
+    moe_set_zeroed(args.zeroed, args.zeroed_bytes);
 }
 
 template <typename X, typename W, int TM, int TE, bool ALIGNED>

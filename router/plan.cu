@@ -229,7 +229,7 @@ __device__ inline void place_tiles(const block_pairs &pairs, const tile_counters
             next[k] += total[k];
         __syncthreads();
         if (mine)
-            place_pair(pairs.args, i, token, counters.row(g, rank), weight);
+            moe_place_pair(pairs.args.plan, pairs.args.slots, i, token, counters.row(g, rank), weight);
         __syncthreads(); // the counters are written again
     }
 }
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(THREADS, 1) plan_whole(const moe_plan_args arg
         counters.clear();
     __syncthreads();
     moe_grid_wait();
-    set_zeroed(args);
+    moe_set_zeroed(args.zeroed, args.zeroed_bytes);
 
     int g = -1, rank = 0;
     float weight = 0.0f;
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(THREADS, 1) plan_whole(const moe_plan_args arg
         counters.set_first(next);
         __syncthreads();
         if (i < pairs.end)
-            place_pair(args, i, token, counters.row(g, rank), weight);
+            moe_place_pair(args.plan, args.slots, i, token, counters.row(g, rank), weight);
     } else {
         place_tiles(pairs, counters, next);
     }
@@ -377,7 +377,7 @@ __global__ void __launch_bounds__(CHOOSING_THREADS)
         moe_topk_token<PER, 1, 1>(gate, gate.logits + all * experts, gate.ids + all * top_k, gate.weights + all * top_k,
                                   own.pairs + t * top_k, [&](int id) { atomicOr(&own.chosen[id], 1u << t); });
     }
-    set_zeroed(args); // by warps without a token meanwhile
+    moe_set_zeroed(args.zeroed, args.zeroed_bytes); // by warps without a token meanwhile
     __syncthreads();
 
     int2 pair = {};
@@ -413,7 +413,8 @@ __global__ void __launch_bounds__(CHOOSING_THREADS)
     }
     __syncthreads();
     if (has_pair)
-        place_pair(args, token0 * top_k + thread, token0 + token, own.first[pair.x] + rank, __int_as_float(pair.y));
+        moe_place_pair(args.plan, args.slots, token0 * top_k + thread, token0 + token, own.first[pair.x] + rank,
+                       __int_as_float(pair.y));
 }
 
 // ---- Two launches ----
@@ -428,7 +429,7 @@ __global__ void __launch_bounds__(THREADS) plan_count(const moe_plan_args args, 
     int32_t *const counts = (int32_t *)shared;
     moe_grid_launch_dependents();
     moe_grid_wait();
-    set_zeroed(args);
+    moe_set_zeroed(args.zeroed, args.zeroed_bytes);
     count_pairs(pairs_of_block(args, range), counts);
     for (int g = threadIdx.x; g < args.groups; g += blockDim.x)
         ((int32_t *)args.scratch)[(int64_t)blockIdx.x * args.groups + g] = counts[g];

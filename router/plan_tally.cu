@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(TALLY_THREADS, 2)
     const int64_t end = min(token0 + (int64_t)cut.own * tally.range, args.tokens);
     tile_pairs pairs;
     pairs.load(args, token0, end, cut.tile);
-    set_zeroed(args);
+    moe_set_zeroed(args.zeroed, args.zeroed_bytes);
     const auto mark = [&] {
 #pragma unroll
         for (int k = 0; k < PER_THREAD; k++)
@@ -200,8 +200,8 @@ __global__ void __launch_bounds__(TALLY_THREADS, 2)
                 for (int w = 0; w < TILE_WORDS - 1; w++)
                     if (w < word)
                         rank += __popc(of[w * experts]);
-                place_pair(args, token0 * args.slots + thread + k * TALLY_THREADS, (uint32_t)(token0 + token[k]),
-                           row[pairs.id[k]] + rank, pairs.weight[k]);
+                moe_place_pair(args.plan, args.slots, token0 * args.slots + thread + k * TALLY_THREADS,
+                               (uint32_t)(token0 + token[k]), row[pairs.id[k]] + rank, pairs.weight[k]);
             }
         if (last)
             break;

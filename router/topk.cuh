@@ -47,16 +47,12 @@ template <int PER> static __device__ inline uint32_t moe_largest_key(const uint3
     return best;
 }
 
-// The logits of a token -> its top_k <= 32 KEPT ids and weights, and the same as (id, bits of the weight) in
-// chosen[top_k] in shared memory, which is complete when the function returns. taken(id) is called once for each id, by
-// some lane. The loop over top_k is unrolled UNROLL times.
-template <int PER, int KEPT, int UNROLL, typename F>
-static __device__ inline void moe_topk_token(const moe_gate_args &args, const float *logits, int32_t *ids,
-                                             float *weights, int2 *chosen, F taken)
+// A token's logits -> the keys of this lane's experts.
+template <int PER>
+static __device__ inline void moe_load_keys(const moe_gate_args &args, const float *logits, uint32_t (&key)[PER])
 {
-    constexpr unsigned ALL_LANES = 0xffffffffu;
     constexpr int VEC = PER < 4 ? PER : 4;
-    const int lane = threadIdx.x % 32, first = lane * PER, here = args.experts - first, top_k = args.top_k;
+    const int first = threadIdx.x % 32 * PER, here = args.experts - first;
 
     float logit[PER] = {};
     const auto load = [&](auto aligned) {
@@ -74,44 +70,107 @@ static __device__ inline void moe_topk_token(const moe_gate_args &args, const fl
         load(moe_bool<true>());
     else
         load(moe_bool<false>());
-    uint32_t key[PER];
 #pragma unroll
     for (int j = 0; j < PER; j++)
         key[j] = j < here ? moe_key_of_logit(logit[j]) : 0;
+}
 
-    uint32_t best = moe_largest_key(key), winner = __reduce_max_sync(ALL_LANES, best);
-    const float largest = moe_logit_of_key(winner);
-
-    // The softmax's sum over all experts. Dividing by the sum over the chosen afterwards would cancel it: then that sum
-    // is taken in its place, further down.
-    float sum = 0.0f;
-    if (!args.renormalize)
+// Sorts a lane's keys, the largest first, equal ones in the order in which they are. Returns where each was, four bits
+// for each, the first key's are the lowest.
+template <int PER> static __device__ inline uint32_t moe_sort_keys(uint32_t (&key)[PER])
+{
+    static_assert(PER <= 8, "all must fit");
+    uint32_t at[PER], order = 0;
 #pragma unroll
-        for (int j = 0; j < PER; j++)
-            if (key[j] != 0)
-                sum += expf(moe_logit_of_key(key[j]) - largest);
+    for (int j = 0; j < PER; j++)
+        at[j] = j;
+#pragma unroll
+    for (int round = 0; round < PER; round++)
+#pragma unroll
+        for (int j = round % 2; j + 1 < PER; j += 2) {
+            const uint32_t a = key[j], b = key[j + 1], at_a = at[j], at_b = at[j + 1];
+            key[j] = a < b ? b : a;
+            key[j + 1] = a < b ? a : b;
+            at[j] = a < b ? at_b : at_a;
+            at[j + 1] = a < b ? at_a : at_b;
+        }
+#pragma unroll
+    for (int j = 0; j < PER; j++)
+        order |= at[j] << 4 * j;
+    return order;
+}
 
-    // Round k finds the k-th largest; the first lane that has it writes it down and looks for its next best.
+// The top_k largest keys, in order, as (id, key) in chosen[top_k] in shared memory, complete when the function returns;
+// these are gone then. The loop over top_k is unrolled UNROLL times; largest(key) is called before it.
+//
+// Round k finds the k-th largest; the first lane that has it writes it down and goes on to its next best. What a round
+// waits for is a chain of a few instructions if that is known already: so few keys are sorted.
+template <int PER, int UNROLL, typename F>
+static __device__ inline void moe_choose(uint32_t (&key)[PER], int top_k, int2 *chosen, F largest)
+{
+    constexpr unsigned ALL_LANES = 0xffffffffu;
+    constexpr bool SORTED = PER <= 8;
+    const int lane = threadIdx.x % 32, first = lane * PER;
+    uint32_t order = 0;
+    uint32_t best = moe_largest_key(key), winner = __reduce_max_sync(ALL_LANES, best);
+    largest(winner);
+    if constexpr (SORTED)
+        order = moe_sort_keys(key);
+
     const unsigned self = 1u << lane, up_to_self = self | (self - 1);
     int2 *to = chosen;
 #pragma unroll UNROLL
     for (int k = 0; k < top_k; k++) {
         const bool mine = (__ballot_sync(ALL_LANES, best == winner) & up_to_self) == self;
         int at = 0;
+        if constexpr (SORTED) {
+            at = order % 16;
+            if (mine) {
 #pragma unroll
-        for (int j = PER - 1; j >= 0; j--)
-            at = key[j] == winner ? j : at;
+                for (int j = 0; j + 1 < PER; j++)
+                    key[j] = key[j + 1];
+                key[PER - 1] = 0;
+                order /= 16;
+            }
+            best = key[0];
+        } else {
 #pragma unroll
-        for (int j = 0; j < PER; j++)
-            key[j] = mine && j == at ? 0 : key[j];
+            for (int j = PER - 1; j >= 0; j--)
+                at = key[j] == winner ? j : at;
+#pragma unroll
+            for (int j = 0; j < PER; j++)
+                key[j] = mine && j == at ? 0 : key[j];
+            best = moe_largest_key(key);
+        }
         if (mine)
             *to = make_int2(first + at, (int)winner);
         to++;
-        best = moe_largest_key(key);
         winner = __reduce_max_sync(ALL_LANES, best);
     }
     __syncwarp();
+}
 
+// This lane's part of the softmax's sum over all experts: of N keys from key J on. Neighbours are added first, here and
+// where the lanes' parts meet: so the sum has the same bits however many experts a lane has.
+template <int PER, int J = 0, int N = PER>
+static __device__ inline float moe_sum_keys(const uint32_t (&key)[PER], float largest)
+{
+    if constexpr (N > 1)
+        return moe_sum_keys<PER, J, N / 2>(key, largest) + moe_sum_keys<PER, J + N / 2, N / 2>(key, largest);
+    else
+        return key[J] != 0 ? expf(moe_logit_of_key(key[J]) - largest) : 0.0f;
+}
+
+// What moe_choose() has left of a token -> its top_k <= 32 KEPT ids and weights, and these as (id, bits of the weight)
+// in chosen[top_k], complete when the function returns. taken(id) is called once for each id, by some lane. `sum` is
+// the lane's part of the softmax's sum; of renormalized weights 0: dividing them by the sum over the chosen would
+// cancel it, so that sum is taken in its place.
+template <int KEPT, typename F>
+static __device__ inline void moe_weigh(const moe_gate_args &args, float largest, float sum, int32_t *ids,
+                                        float *weights, int2 *chosen, F taken)
+{
+    constexpr unsigned ALL_LANES = 0xffffffffu;
+    const int lane = threadIdx.x % 32, top_k = args.top_k;
     int32_t id[KEPT];
     float weight[KEPT];
 #pragma unroll
@@ -125,7 +184,7 @@ static __device__ inline void moe_topk_token(const moe_gate_args &args, const fl
         if (args.renormalize)
             sum += weight[i];
     }
-    for (int d = 16; d > 0; d /= 2)
+    for (int d = 1; d < 32; d *= 2)
         sum += __shfl_xor_sync(ALL_LANES, sum, d);
 #pragma unroll
     for (int i = 0; i < KEPT; i++) {
@@ -138,6 +197,22 @@ static __device__ inline void moe_topk_token(const moe_gate_args &args, const fl
         }
     }
     __syncwarp();
+}
+
+// All of it: the logits of a token -> ids, weights and chosen. UNROLL as above.
+template <int PER, int KEPT, int UNROLL, typename F>
+static __device__ inline void moe_topk_token(const moe_gate_args &args, const float *logits, int32_t *ids,
+                                             float *weights, int2 *chosen, F taken)
+{
+    uint32_t key[PER];
+    float largest, sum = 0.0f;
+    moe_load_keys(args, logits, key);
+    moe_choose<PER, UNROLL>(key, args.top_k, chosen, [&](uint32_t largest_key) {
+        largest = moe_logit_of_key(largest_key);
+        if (!args.renormalize)
+            sum = moe_sum_keys(key, largest);
+    });
+    moe_weigh<KEPT>(args, largest, sum, ids, weights, chosen, taken);
 }
 
 #endif

@@ -60,10 +60,13 @@ static moe_status logits_cuda(const struct moe_call *call)
     return status == MOE_OK ? status : moe_fail(call->error, status, "the gate's kernel could not be launched");
 }
 
-/* Where both run they are one step, which can do with one launch: the first does the other's work as well. */
+/* Where both run they are one step, which can do with one launch: the first does the other's work as well, or the FFN
+ * does all of it. */
 static moe_status topk_cuda(const struct moe_call *call)
 {
     const struct moe_gpu gpu = gpu_of(call);
+    if (call->routed)
+        return MOE_OK;
     moe_status status = call->stages & MOE_STAGE_PLAN ? moe_topk_plan_cuda(&call->gate, &call->plan, &gpu)
                                                       : moe_topk_cuda(&call->gate, &gpu);
     return status == MOE_OK ? status : moe_fail(call->error, status, "the top-k kernel could not be launched");
@@ -194,6 +197,7 @@ static const struct moe_path_info paths[MOE_PATH_COUNT] = {
                          .needs = MOE_NEED_ACT | MOE_NEED_DOWN,
                          .scratch = CUDA_ONLY(moe_scratch_decode),
                          .zeroed = CUDA_ONLY(moe_zeroed_decode),
+                         .routes = CUDA_ONLY(moe_decode_routes),
                          .config_name = CUDA_ONLY(moe_decode_config_name),
                          .config = CUDA_ONLY(moe_decode_config),
                          .config_check = CUDA_ONLY(moe_decode_config_check),

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* How much workspace `prefill` takes: little more than what lies between its two GEMMs and behind the second; and that
- * what is enough for many tokens is for fewer. Sizes are arithmetic, so the device is made up. In a build without CUDA
- * the paths' own scratch memory counts for nothing. */
+/* How much workspace `prefill` takes: little more than what lies between its two GEMMs and behind the second; that
+ * what is enough for many tokens is for fewer; and who sets which part of it to zero. Sizes are arithmetic, so the
+ * device is made up. In a build without CUDA the paths' own scratch memory counts for nothing. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -114,10 +114,39 @@ static void few_need_no_more_than_many(void **state)
     }
 }
 
+/* Where decode's FFN routes by itself no plan runs: the logits' kernel sets to zero what the plan does otherwise. */
+static void one_kernel_sets_to_zero(void **state)
+{
+    enum { MMA = 2 };
+    static const unsigned stages[] = {MOE_STAGES_ALL, MOE_STAGES_EXPERTS, MOE_STAGES_ROUTE};
+    const struct moe_path_info *path = moe_path_info_get(MOE_PATH_DECODE);
+    (void)state;
+    if (moe_path_available(&gpu, MOE_PATH_DECODE, NULL, NULL, 0) != MOE_OK)
+        skip();
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        const moe_layer layer = make_layer(&shapes[i], MOE_LAYOUT_PACKED);
+        for (int64_t tokens = 1; tokens <= 32; tokens++)
+            for (size_t s = 0; s < sizeof stages / sizeof *stages; s++)
+                for (int config = 0; config <= MMA; config++) {
+                    struct moe_call call;
+                    moe_call_shape(&call, &layer, tokens, shapes[i].top_k, MOE_BF16);
+                    call.stages = stages[s];
+                    call.config = config;
+                    moe_workspace_carve(&call, path, NULL);
+                    const bool routed =
+                        stages[s] == MOE_STAGES_ALL && tokens <= 16 && shapes[i].experts <= 256 && config != MMA;
+                    assert_int_equal(call.routed, routed);
+                    assert_int_equal(call.gate.zeroed_bytes, routed ? path->zeroed(&call) : 0);
+                    assert_int_equal(call.plan.zeroed_bytes, routed ? 0 : path->zeroed(&call));
+                    assert_true(path->zeroed(&call) > 0);
+                }
+    }
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(prefill_stays_within_bound),
-                                       cmocka_unit_test(size_is_what_batches_need),
-                                       cmocka_unit_test(few_need_no_more_than_many)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(prefill_stays_within_bound), cmocka_unit_test(size_is_what_batches_need),
+        cmocka_unit_test(few_need_no_more_than_many), cmocka_unit_test(one_kernel_sets_to_zero)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -85,14 +85,6 @@ static __device__ inline void moe_bulk_load(uint32_t to, const void *from, uint3
                  : "memory");
 }
 
-// What is read only once, so that in L2 it makes way for everything else first.
-static __device__ inline uint64_t moe_policy_once()
-{
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
 static __device__ inline void moe_bulk_load(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier,
                                             uint64_t policy)
 {

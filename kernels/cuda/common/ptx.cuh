@@ -60,6 +60,25 @@ static __device__ inline void moe_prefetch_l2(const void *p, uint32_t bytes)
 #endif
 }
 
+// What is read only once, so that in L2 it makes way for everything else first.
+static __device__ inline uint64_t moe_policy_once()
+{
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// Sixteen bytes under such a policy, kept in no cache of the SM.
+static __device__ inline uint4 moe_load_once(const void *p, uint64_t policy)
+{
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p), "l"(policy)
+                 : "memory");
+    return v;
+}
+
 static __device__ inline uint32_t moe_shared(const void *p)
 {
     return (uint32_t)__cvta_generic_to_shared(p);
@@ -154,13 +173,16 @@ static __device__ inline void moe_add_release_both(int32_t *p, int32_t *q, int32
                  : "memory");
 }
 
-// Adds v to *p and returns what it was. An atomicAdd() by one lane the compiler may make one for all lanes, with a
-// shuffle that waits for the result at once; of this it waits where the result is used.
-static __device__ inline uint32_t moe_fetch_add(uint32_t *p, uint32_t v)
+// The first lane of the warp, all of which call it, adds v to *p and has in *before what it was. An addition by one
+// lane the compiler makes one for all lanes, with a shuffle that waits for the result at once, unless it knows by the
+// lane's number that it is one: of this it waits where the result is used.
+static __device__ inline void moe_fetch_add_first(uint32_t *p, uint32_t v, uint32_t *before)
 {
-    uint32_t before;
-    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(v) : "memory");
-    return before;
+    asm volatile("{\n.reg .pred first;\n.reg .b32 lane;\nmov.u32 lane, %%laneid;\nsetp.eq.u32 first, lane, 0;\n"
+                 "@first atom.relaxed.gpu.global.add.u32 %0, [%1], %2;\n}"
+                 : "+r"(*before)
+                 : "l"(p), "r"(v)
+                 : "memory");
 }
 
 // Four words, each of them whole, which need not be of the same moment. Not from a cache of the SM.

@@ -99,9 +99,19 @@ size_t moe_zeroed_decode(const struct moe_call *call)
     return zeroed;
 }
 
+static int32_t config_of(const struct moe_call *call)
+{
+    return call->config > 0 ? call->config : moe_decode_config(call);
+}
+
+bool moe_decode_routes(const struct moe_call *call)
+{
+    return config_of(call) == WGMMA && moe_decode_wgmma_routes(call);
+}
+
 moe_status moe_ffn_decode(const struct moe_call *call)
 {
-    const int32_t config = call->config > 0 ? call->config : moe_decode_config(call);
+    const int32_t config = config_of(call);
     moe_decode_args args;
     size_t bytes, zeroed;
     moe_status status = moe_decode_config_check(call->exec, config, call->error);

@@ -23,7 +23,7 @@ struct moe_decode_gemm {
 
 // What the walk needs first comes first, in as few lines of the cache for constants as can be.
 struct moe_decode_args {
-    const int32_t *offsets; // [groups + 1]
+    const int32_t *offsets; // [groups + 1]; of no use to a kernel that routes, nor is row_token
     int32_t *taken;         // items so far
     int32_t groups;
     int32_t most_log2; // tokens of a tile at most: a power of two, from 8 to MOE_DECODE_TOKENS
@@ -82,10 +82,8 @@ static __device__ __forceinline__ void moe_decode_await_plan()
 }
 
 // A block's way through its tasks, which one warp goes. Everything waits for its first steps, from the plan on: so
-// they are few instructions, and what they need is in registers by then. Its first thread's number is a constant: of
-// an addition by a lane of this number or that the compiler would make one for all lanes, with a shuffle that waits for
-// the result at once.
-template <int FIRST_THREAD> struct moe_decode_walk {
+// they are few instructions, and what they need is in registers by then.
+struct moe_decode_walk {
     static constexpr unsigned ALL_LANES = 0xffffffffu;
     const moe_decode_args &args;
     moe_decode_place *const list; // [groups + 1], in shared memory
@@ -124,15 +122,25 @@ template <int FIRST_THREAD> struct moe_decode_walk {
         single = !__any_sync(ALL_LANES, largest > most);
         if (__builtin_expect(!single, 0))
             largest = min(find_tiles<false>(), most);
+        return start(mine, largest);
+    }
+
+    // The same with what takes time done: the first item taken, the list filled, the tiles counted and `single` known.
+    // Of `mine` that of the warp's first lane counts, of `largest` the largest of all lanes.
+    __device__ __forceinline__ int32_t start(int32_t mine, int32_t largest)
+    {
         largest = __reduce_max_sync(ALL_LANES, largest);
         begin();
         item = __shfl_sync(ALL_LANES, mine, 0);
         return largest;
     }
 
+    // Takes an item, and returns its number to the warp's first lane.
     __device__ __forceinline__ int32_t take()
     {
-        return threadIdx.x == FIRST_THREAD ? atomicAdd(args.taken, 1) : 0;
+        uint32_t mine = 0;
+        moe_fetch_add_first((uint32_t *)args.taken, 1, &mine);
+        return (int32_t)mine;
     }
 
     __device__ __forceinline__ void begin()

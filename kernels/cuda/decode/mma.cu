@@ -178,7 +178,7 @@ struct follower {
 
 // A task is looked for when the weights of the one before it begin to be brought, no earlier: items are there for those
 // blocks that have time for them.
-__device__ __forceinline__ void walk_tasks(moe_decode_walk<FOLLOWERS> &walk)
+__device__ __forceinline__ void walk_tasks(moe_decode_walk &walk)
 {
     const bool first_lane = threadIdx.x % 32 == 0;
     for (note_place note;; note.number++) {
@@ -582,7 +582,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 1) mma_kernel(c
         }
         moe_barrier_init(barrier(BEGUN), 1);
     }
-    moe_decode_walk<FOLLOWERS> walk(args.decode, places());
+    moe_decode_walk walk(args.decode, places());
     moe_decode_await_plan();
     if (threadIdx.x >= FOLLOWERS) {
         const int32_t largest = walk.start();

@@ -8,7 +8,8 @@
 // full ring ever holds it up: GEMM 2's weights are on their way while GEMM 1's results are not there yet. Four warps
 // bring the tokens, and these do wait. Two warpgroups multiply, each 64 of the weight rows, as the operand m; tokens
 // are n, so that few of them waste nothing. What takes a while but nobody must wait for has warps of its own: finding
-// the tasks to come, and telling other blocks what is in memory.
+// the tasks to come, and telling other blocks what is in memory. Before all that it routes, if tokens are few
+// (route.cuh).
 //
 // How long the ring is, and how many tokens a stage has room for, is found on the device: by the largest tile.
 #include "kernels/cuda/decode/wgmma.cuh"
@@ -20,6 +21,7 @@
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/cuda/common/weight_map.h"
+#include "kernels/cuda/decode/route.cuh"
 
 namespace
 {
@@ -34,7 +36,6 @@ constexpr int WALKER = WEIGHT_LOADER + 1, FIRST_HERALD = WALKER + 1; // a herald
 constexpr int WARPS = FIRST_HERALD + MULTIPLIERS, THREADS = WARPS * 32;
 
 constexpr int ROW_BYTES = MOE_PACKED_ROW_BYTES, COLS = MOE_PACKED_COLS, TILE_BYTES = MOE_PACKED_TILE_BYTES;
-constexpr int MOST = MOE_DECODE_TOKENS;
 
 // Stages at most. The ring takes what shared memory there is; where tiles are small this is where it ends.
 constexpr int MAX_STAGES = 12;
@@ -53,17 +54,19 @@ struct alignas(16) mail {
     int32_t value, slots;
 };
 
-// Shared memory: barriers, notes, mails, the largest tile, the blocks asked for, the list of places, and from
-// the next multiple of 1024 on the finished tiles of both multiplying warpgroups, then the ring.
+// Shared memory: barriers, notes, mails, the largest tile, the blocks asked for, the list of places, where the kernel
+// routes the choice of experts, and from the next multiple of 1024 on the finished tiles of both multiplying
+// warpgroups, then the ring.
 constexpr int WEIGHTS_FULL = 0, TOKENS_FULL = WEIGHTS_FULL + MAX_STAGES * 8, EMPTY = TOKENS_FULL + MAX_STAGES * 8;
 constexpr int NOTE_FULL = EMPTY + MAX_STAGES * 8, NOTE_EMPTY = NOTE_FULL + NOTES * 8;
 constexpr int MAIL_FULL = NOTE_EMPTY + NOTES * 8, MAIL_EMPTY = MAIL_FULL + MULTIPLIERS * MAILS * 8;
-constexpr int MEASURED = MAIL_EMPTY + MULTIPLIERS * MAILS * 8, NOTE = (MEASURED + 8 + 15) / 16 * 16;
+constexpr int MEASURED = MAIL_EMPTY + MULTIPLIERS * MAILS * 8, CHOSEN = MEASURED + 8;
+constexpr int NOTE = (CHOSEN + 8 + 15) / 16 * 16;
 constexpr int MAIL = NOTE + NOTES * sizeof(moe_decode_task);
 constexpr int LARGEST = MAIL + MULTIPLIERS * MAILS * sizeof(mail), ASKED = LARGEST + 4, PLACES = ASKED + 4;
 
 // Widths of tiles, in tokens: 8, or a multiple of 16. A stage's tokens are multiplied by so many.
-constexpr int WIDTHS = MOST / 16 + 1;
+constexpr int WIDTHS = MOE_DECODE_TOKENS / 16 + 1;
 
 __host__ __device__ constexpr int width_of(int rows)
 {
@@ -89,19 +92,27 @@ struct wgmma_args {
     moe_decode_args decode;
     band_weights weights[2];
     CUtensorMap w13_rows, w2_rows; // row-major weights, in the order of the packed layout
+    moe_gate_args gate;            // for a kernel that routes, and its plan
+    moe_plan plan;
     int packed;
     int32_t guess; // tiles of a band to fetch before the routing is known
     int32_t ring_begin;
     uint8_t stages[WIDTHS]; // of a ring, for tiles of each width
 };
 
-__host__ __device__ constexpr int ring_begin(int groups)
+// Where the choice of experts begins, and the ring, behind a choice of so many bytes.
+__host__ __device__ constexpr int choice_begin(int groups)
 {
-    return (PLACES + (groups + 1) * (int)sizeof(moe_decode_place) + 1023) / 1024 * 1024;
+    return (PLACES + (groups + 1) * (int)sizeof(moe_decode_place) + 15) / 16 * 16;
 }
 
-static_assert((227 * 1024 - ring_begin(MOE_MAX_EXPERTS) - MULTIPLIERS * MOST * ROW_BYTES) /
-                      (TILE_BYTES + MOST * ROW_BYTES) >=
+__host__ __device__ constexpr int ring_begin(int groups, int choice)
+{
+    return (choice_begin(groups) + choice + 1023) / 1024 * 1024;
+}
+
+static_assert((227 * 1024 - ring_begin(MOE_MAX_EXPERTS, 0) - MULTIPLIERS * MOE_DECODE_TOKENS * ROW_BYTES) /
+                      (TILE_BYTES + MOE_DECODE_TOKENS * ROW_BYTES) >=
                   UNDER_WAY,
               "with fewer stages a barrier could be a round ahead of who looks back at it");
 
@@ -174,6 +185,14 @@ struct follower {
         return reinterpret_cast<int32_t *>(__cvta_shared_to_generic(shared + ASKED));
     }
 
+    __device__ moe_decode_choice choice() const
+    {
+        const int32_t experts = args.decode.groups, bytes = moe_choice_bytes(experts);
+        char *const at = reinterpret_cast<char *>(__cvta_shared_to_generic(shared + choice_begin(experts)));
+        return {reinterpret_cast<uint32_t *>(at), reinterpret_cast<int32_t *>(at + bytes),
+                reinterpret_cast<int2 *>(at + 2 * bytes)};
+    }
+
     // By whole warps. False: there is nothing left.
     __device__ __forceinline__ bool next(moe_decode_task &task)
     {
@@ -187,20 +206,53 @@ struct follower {
     }
 };
 
+// ---- Routing, where the kernel does it: all warps, with PER experts a lane ----
+
+__device__ inline bool writes_plan()
+{
+    return blockIdx.x == gridDim.x - 1;
+}
+
+// By each warp, instead of moe_decode_await_plan(): the choice is complete when CHOSEN is.
+template <int PER, typename F> __device__ __forceinline__ void choose(const follower &own, F waited)
+{
+    moe_choose_experts<PER>(own.args.gate, own.choice(), writes_plan(), waited);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        moe_barrier_arrive(own.shared + CHOSEN);
+    if (!writes_plan())
+        moe_grid_launch_dependents();
+}
+
+// By the multiplying warpgroups of the block that writes the plan, once it knows the experts' first rows: nobody else
+// has time. The next kernel may start when all of it is in memory.
+__device__ inline void write_plan(const follower &own)
+{
+    const int thread = threadIdx.x - LOADERS;
+    moe_barrier_wait(own.shared + MEASURED, 0);
+    moe_place_chosen(own.args.gate, own.args.plan, own.choice(), thread, MULTIPLIERS * WARPGROUP);
+    __threadfence();
+    moe_named_sync(1, MULTIPLIERS * WARPGROUP);
+    moe_grid_launch_dependents();
+}
+
 // ---- Finding tasks: a warp ----
 
-typedef moe_decode_walk<WALKER * 32> task_walk;
-
-struct walker : follower {
+template <int PER> struct walker : follower {
     using follower::follower;
 
     __device__ void run()
     {
         const bool first = threadIdx.x % 32 == 0;
         moe_decode_place *places = reinterpret_cast<moe_decode_place *>(__cvta_shared_to_generic(shared + PLACES));
-        task_walk walk(args.decode, places);
-        moe_decode_await_plan();
-        const int32_t largest = walk.start();
+        moe_decode_walk walk(args.decode, places);
+        int32_t largest;
+        if constexpr (PER == 0) {
+            moe_decode_await_plan();
+            largest = walk.start();
+        } else {
+            largest = start_routed(walk);
+        }
         if (first) {
             *reinterpret_cast<int32_t *>(__cvta_shared_to_generic(shared + LARGEST)) = largest;
             moe_barrier_arrive(shared + MEASURED);
@@ -221,6 +273,37 @@ struct walker : follower {
             note.next(NOTES);
             if (task.rows == 0)
                 return;
+        }
+    }
+
+    // Makes the list of no choice at first, so that these instructions, too, are in the SM's caches, then of the
+    // choice, when the warp has done its part of it. The block that writes the plan writes the counts here.
+    __device__ __forceinline__ int32_t start_routed(moe_decode_walk &walk)
+    {
+        const moe_plan &plan = args.plan;
+        const int32_t experts = args.decode.groups;
+        int32_t taken = 0;
+#pragma unroll 1
+        for (bool there = false;; there = true) {
+            if (there) {
+                choose<PER>(*this, [&] { taken = walk.take(); });
+                moe_barrier_wait(shared + CHOSEN, 0);
+            }
+            const bool writes = there && writes_plan();
+            const int32_t largest =
+                moe_list_chosen(choice(), experts, walk.list, walk.tiles, [&](int e, int32_t rows, int32_t row) {
+                    if (!writes)
+                        return;
+                    choice().first[e] = row;
+                    plan.counts[e] = rows;
+                    plan.offsets[e] = row;
+                    if (e == experts - 1)
+                        plan.offsets[experts] = row + rows;
+                });
+            if (there) {
+                walk.single = true;
+                return walk.start(taken, largest);
+            }
         }
     }
 };
@@ -283,7 +366,7 @@ struct weight_loader : follower {
 
 // ---- Tokens: a warpgroup ----
 
-struct token_loader : follower {
+template <int MOST, bool ROUTES> struct token_loader : follower {
     using follower::follower;
 
     // A thread brings the same chunk of every 16th token: rows of x, or rows of act, which are in the plan's order.
@@ -300,8 +383,13 @@ struct token_loader : follower {
         for (int i = 0; i < EACH; i++) {
             if (i >= mine)
                 break;
-            const int row = task.row + first + i * STRIDE;
-            at[i] = (task.gemm2 ? row : d.row_token[row]) * row_chunks;
+            const int n = first + i * STRIDE, row = task.row + n;
+            if (task.gemm2)
+                at[i] = row * row_chunks;
+            else if constexpr (ROUTES)
+                at[i] = moe_chosen_token(choice().chosen[task.group], n) * row_chunks;
+            else
+                at[i] = d.row_token[row] * row_chunks;
         }
         if (task.gemm2) {
             // Each warp looks for itself, so that all of it sees what the multiplying warpgroups have stored.
@@ -431,7 +519,7 @@ struct mailbox {
 
 // ---- Multiplying: two warpgroups ----
 
-template <typename T> struct multiplier : follower {
+template <typename T, int MOST> struct multiplier : follower {
     const int half, thread; // which of the two, and which thread in it
     mailbox mails;
     float d[MOST / 2];
@@ -640,8 +728,14 @@ template <typename T> struct multiplier : follower {
     }
 };
 
-template <typename T>
-__global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constant__ wgmma_args args)
+// MOST: tokens of a tile. PER > 0: it routes, a token by each warp, with so many experts a lane. Then it leaves half of
+// the registers, and enough of shared memory, for a block of the logits' kernel: so it can start while that one runs.
+constexpr int BESIDE_BYTES = 5 * 1024, MOST_PER = 8;
+static_assert(MOE_ROUTED_TOKENS <= WARPS, "a warp for each token");
+
+template <typename T, int MOST, int PER>
+__global__ void __launch_bounds__(PER > 0 ? 2 * THREADS : THREADS, 1)
+    decode_kernel(const __grid_constant__ wgmma_args args)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) char decode_memory[];
@@ -664,27 +758,36 @@ __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constan
             moe_barrier_init(shared + MAIL_EMPTY + i * 8, 1);
         }
         moe_barrier_init(shared + MEASURED, 1);
+        moe_barrier_init(shared + CHOSEN, WARPS);
         *reinterpret_cast<int32_t *>(decode_memory + ASKED) = 0;
         moe_barrier_init_done();
     }
-    if (args.guess > 0 && warp == WEIGHT_LOADER && first_lane)
+    if (PER == 0 && args.guess > 0 && warp == WEIGHT_LOADER && first_lane)
         moe_fetch_guess(args.decode.w13, args.decode.hidden, args.decode.intermediate, args.decode.groups, blockIdx.x,
                         args.guess);
+    if constexpr (PER > 0)
+        moe_clear_choice(follower(args, shared).choice(), args.decode.groups);
     if (warp == WALKER && first_lane) { // so that addresses are translated by the time when they are read
-        moe_prefetch_l2(args.decode.offsets, 16);
+        const void *const read_first = PER > 0 ? (const void *)args.gate.logits : args.decode.offsets;
+        moe_prefetch_l2((const void *)((uintptr_t)read_first & ~(uintptr_t)15), 16); // logits may be the caller's
         moe_prefetch_l2(args.decode.taken, 16);
         moe_prefetch_l2(args.decode.x, 16);
     }
     __syncthreads();
     if (warp == WALKER) {
-        walker(args, shared).run();
+        walker<PER>(args, shared).run();
         return;
     }
-    moe_decode_await_plan();
+    if constexpr (PER == 0)
+        moe_decode_await_plan();
+    else
+        choose<PER>(follower(args, shared), [] {});
+    if (PER > 0 && writes_plan() && warp >= FIRST_MULTIPLIER && warp < WEIGHT_LOADER)
+        write_plan(follower(args, shared));
     if (warp < FIRST_MULTIPLIER)
-        token_loader(args, shared).run();
+        token_loader<MOST, (PER > 0)>(args, shared).run();
     else if (warp < WEIGHT_LOADER)
-        multiplier<T>(args, shared).run();
+        multiplier<T, MOST>(args, shared).run();
     else if (warp == WEIGHT_LOADER)
         weight_loader(args, shared).run();
     else if (first_lane)
@@ -703,27 +806,46 @@ band_weights weights_of(const void *data, int64_t rows, int64_t cols, bool packe
             last_bytes};
 }
 
-template <typename T> moe_status launch(const struct moe_call *call, wgmma_args &args)
+template <typename T, int MOST, int PER> moe_status launch(const struct moe_call *call, wgmma_args &args)
 {
-    const int shared = call->exec->shared_bytes;
-    args.ring_begin = ring_begin(args.decode.groups);
-    for (int width = 0; width < WIDTHS; width++) {
+    const int32_t groups = args.decode.groups;
+    const int choice =
+        PER > 0 ? 2 * moe_choice_bytes(groups) + MOE_ROUTED_TOKENS * MOE_ROUTED_TOP_K * (int)sizeof(int2) : 0;
+    const int shared = call->exec->shared_bytes - (PER > 0 ? BESIDE_BYTES : 0);
+    args.ring_begin = ring_begin(groups, choice);
+    for (int width = 0; width <= MOST / 16; width++) {
         const int piece = tokens_of(width) * ROW_BYTES;
         const int stages = (shared - args.ring_begin - MULTIPLIERS * piece) / (TILE_BYTES + piece);
         args.stages[width] = (uint8_t)(stages < MAX_STAGES ? stages : MAX_STAGES);
     }
-    cudaFuncSetAttribute(decode_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    moe_launch(decode_kernel<T>, args.decode.workers, THREADS, shared, call->stream,
-               call->exec->compute_capability == 90, args);
+    const auto kernel = decode_kernel<T, MOST, PER>;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    moe_launch(kernel, args.decode.workers, THREADS, shared, call->stream, call->exec->compute_capability == 90, args);
     return moe_launched(call->error, "ffn decode");
 }
 
+template <typename T> moe_status launch(const struct moe_call *call, wgmma_args &args)
+{
+    if (!call->routed)
+        return launch<T, MOE_DECODE_TOKENS, 0>(call, args);
+    return args.decode.groups <= 4 * 32 ? launch<T, MOE_ROUTED_TOKENS, 4>(call, args)
+                                        : launch<T, MOE_ROUTED_TOKENS, MOST_PER>(call, args);
+}
+
 } // namespace
+
+bool moe_decode_wgmma_routes(const struct moe_call *call)
+{
+    return call->tokens > 0 && call->tokens <= MOE_ROUTED_TOKENS && call->gate.top_k <= MOE_ROUTED_TOP_K &&
+           call->gate.experts <= MOST_PER * 32 && call->plan.expert_group == NULL;
+}
 
 moe_status moe_ffn_decode_wgmma(const struct moe_call *call, const moe_decode_args &decode)
 {
     wgmma_args args = {};
     args.decode = decode;
+    args.gate = call->gate;
+    args.plan = call->plan.plan;
     args.packed = call->w13.layout == MOE_LAYOUT_PACKED;
     args.weights[0] = weights_of(call->w13.data, 2 * call->intermediate, call->hidden, args.packed);
     args.weights[1] = weights_of(call->w2.data, call->hidden, call->intermediate, args.packed);

@@ -5,6 +5,9 @@
 
 #include "kernels/cuda/decode/decode.cuh"
 
+// Whether it can route this call itself (kernels.h).
+bool moe_decode_wgmma_routes(const struct moe_call *call);
+
 // x, plan -> act, down, one launch on call->stream.
 moe_status moe_ffn_decode_wgmma(const struct moe_call *call, const moe_decode_args &args);
 

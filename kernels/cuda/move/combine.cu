@@ -4,7 +4,8 @@
 // The kernel only reads memory, so all that counts is how many bytes are on their way at any time. A warp takes a strip
 // of one token's columns and needs nobody else: lane s fetches the row and the weight of slot s, shuffles pass them on,
 // and every row's part of the strip is asked for before the first is added. With 8 loads of 16 bytes a lane and 32
-// warps an SM that is up to 128 KB, several times of what the memory's latency takes.
+// warps an SM that is up to 128 KB, several times of what the memory's latency takes. Each row is read once, so what
+// has been read makes way in L2 for what GEMM 2 has written last and nobody has read yet.
 #include "kernels/cuda/common/dtype.cuh"
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/ptx.cuh"
@@ -37,6 +38,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
 
     // No output has as many as 2^32 strips.
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    const uint64_t once = moe_policy_once();
     const int64_t row_bytes = hidden * (int)sizeof(From);
     const uint32_t strips = (hidden + STRIP - 1) / STRIP, all = (uint32_t)tokens * strips;
 #pragma unroll 1
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
 #pragma unroll
                 for (int p = 0; p < PARTS; p++)
                     loaded[s][p] = ALIGNED && row[s] >= 0 && h + p * 32 * VEC < hidden
-                                       ? *(const uint4 *)(strip + row[s] * row_bytes + p * 32 * sizeof(uint4))
+                                       ? moe_load_once(strip + row[s] * row_bytes + p * 32 * sizeof(uint4), once)
                                        : uint4();
 #pragma unroll
             for (int s = 0; s < SLOTS; s++) {

@@ -141,38 +141,35 @@ template <class Shape> struct item_reader {
 
 // ---- Loading ----
 
-// An item's weights: two tiles of up to 128 rows in each of `blocks` stages.
+// An item's weights: two tiles of up to 128 rows in each of `blocks` stages. All that is the same for each stage is
+// worked out once: between a stage that is empty and the first copy into it there should be few instructions.
 struct weight_source {
     const char *packed; // the band's first tile; NULL: row-major
     int blocks;
+    uint32_t bytes[2]; // of each tile in a stage; 0 past the last row. A box through a tensor map is whole always
 
     __device__ weight_source(const ffn_args &args, const moe_item &item)
     {
         const char *base = item.gemm2 ? args.w2 : args.w13;
+        const int64_t rows = item.gemm2 ? args.hidden : 2 * (int64_t)args.intermediate;
         const int64_t cols = item.gemm2 ? args.intermediate : args.hidden;
         blocks = (int)moe_packed_blocks(cols);
         packed = base == NULL ? NULL
-                              : base + item.group * moe_packed_expert_bytes(all_rows(args, item), cols) +
+                              : base + item.group * moe_packed_expert_bytes(rows, cols) +
                                     item.band * (MOE_BAND_ROWS / MOE_PACKED_ROWS) * ((int64_t)TILE_BYTES * blocks);
-    }
-
-    __device__ static int64_t all_rows(const ffn_args &args, const moe_item &item)
-    {
-        return item.gemm2 ? args.hidden : 2 * (int64_t)args.intermediate;
-    }
-
-    // Of tile m in a stage; 0 past the last row. A box through a tensor map is whole always.
-    __device__ uint32_t bytes(const ffn_args &args, const moe_item &item, int m) const
-    {
-        const int64_t left = moe_packed_rows(all_rows(args, item)) - item.band * MOE_BAND_ROWS - m * MOE_PACKED_ROWS;
-        return left <= 0 ? 0 : packed == NULL ? TILE_BYTES : (uint32_t)min(left, (int64_t)MOE_PACKED_ROWS) * ROW_BYTES;
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+            const int64_t left = moe_packed_rows(rows) - item.band * MOE_BAND_ROWS - m * MOE_PACKED_ROWS;
+            const bool whole = left >= MOE_PACKED_ROWS || (left > 0 && base == NULL);
+            bytes[m] = whole ? TILE_BYTES : left > 0 ? (uint32_t)left * ROW_BYTES : 0;
+        }
     }
 };
 
 // Where a thread gets tokens of GEMM 1 from where they are not in plan order: the same chunk of every 16th.
 template <class Shape> struct token_source {
     static constexpr int STRIDE = WARPGROUP / 8, MOST = Shape::ORDERED ? 1 : Shape::NMAX / STRIDE;
-    uint32_t at[MOST]; // where each row begins in x, in chunks: the host has seen to it that this fits
+    uint32_t at[MOST]; // of each row its token, from the first stage on where that begins in x, in chunks
 
     // How many rows of `rows` are this thread's.
     __device__ static int own(int rows)
@@ -180,16 +177,21 @@ template <class Shape> struct token_source {
         return (rows - (int)threadIdx.x / 8 + STRIDE - 1) / STRIDE;
     }
 
-    __device__ token_source(const ffn_args &args, int row, int rows)
+    // The numbers are on their way together, and are waited for where the first stage's tokens are: after its weights.
+    __device__ __forceinline__ void read(const ffn_args &args, int row, int rows)
     {
+        const int32_t *from = args.row_token + row + (int)threadIdx.x / 8;
 #pragma unroll
         for (int i = 0; i < MOST; i++)
-            at[i] =
-                i < own(rows) ? args.row_token[row + threadIdx.x / 8 + i * STRIDE] * (uint32_t)(args.hidden / 8) : 0;
+            at[i] = i < own(rows) ? from[i * STRIDE] : 0;
     }
 
-    __device__ __forceinline__ void load(const ffn_args &args, int rows, uint32_t to, int block, uint32_t barrier) const
+    __device__ __forceinline__ void load(const ffn_args &args, int rows, uint32_t to, int block, uint32_t barrier)
     {
+        if (block == 0)
+#pragma unroll
+            for (int i = 0; i < MOST; i++)
+                at[i] *= args.hidden / 8; // the host has seen to it that this fits
         const int chunk = threadIdx.x % 8, first = threadIdx.x / 8, column = block * COLS + chunk * 8;
         const bool there = column < args.hidden; // past the row's end zeros, as in the weights
         const char *from = (const char *)args.x + (there ? column * 2 : 0);
@@ -216,12 +218,12 @@ template <class Shape> struct ffn_loader {
     enum { OWN, LENT, UNSETTLED } state = OWN;
     uint32_t lent_parity = 0;
 
-    // Of the first warp: the next item's number, which is its first thread's; whether it has been taken, or may be
-    // before this one ends.
+    // Of the first warp: the next item's number, which is its first thread's, and how many blocks of an item are left
+    // when it is taken.
     moe_items items;
     item_reader<Shape> reader;
     uint32_t next;
-    enum { TAKEN, EARLY, LATE } taking = TAKEN;
+    int ahead = 0;
 
     // The first thread of a pair's first block, or of a block alone, has taken item number `first`.
     __device__ ffn_loader(const ffn_args &a, uint32_t memory, int block, uint32_t first)
@@ -337,21 +339,25 @@ template <class Shape> struct ffn_loader {
     __device__ __forceinline__ void load_tile(const moe_item &item, const weight_source &source, int block, int m,
                                               bool both) const
     {
-        const uint32_t to = shared + stage.at * Shape::STAGE + m * TILE_BYTES, bytes = source.bytes(args, item, m);
-        const char *from = source.packed + m * (int64_t)TILE_BYTES * source.blocks + (int64_t)block * bytes;
-        const int row = item.band * MOE_BAND_ROWS + m * MOE_PACKED_ROWS;
+        const uint32_t to = shared + stage.at * Shape::STAGE + m * TILE_BYTES;
+        const uint32_t bytes = m == 0 ? source.bytes[0] : source.bytes[1];
         if (bytes == 0)
             return;
-        if (both && source.packed != NULL) // few groups have a third tile: so as if they were read once
-            moe_bulk_load_both(to, from, bytes, full(), moe_policy_once());
-        else if (both && item.gemm2)
+        if (source.packed != NULL) {
+            const char *from = source.packed + m * (int64_t)TILE_BYTES * source.blocks + block * (int64_t)bytes;
+            if (both) // few groups have a third tile: so as if they were read once
+                moe_bulk_load_both(to, from, bytes, full(), moe_policy_once());
+            else if (args.once)
+                moe_bulk_load(to, from, bytes, full(), moe_policy_once());
+            else
+                moe_bulk_load(to, from, bytes, full());
+            return;
+        }
+        const int row = item.band * MOE_BAND_ROWS + m * MOE_PACKED_ROWS;
+        if (both && item.gemm2)
             moe_tensor_load_3d_both(to, &args.w2_rows, block * COLS, row, item.group, full());
         else if (both)
             moe_tensor_load_5d_both(to, &args.w13_rows, block * COLS, 0, 0, row / 16, item.group, full());
-        else if (source.packed != NULL && args.once)
-            moe_bulk_load(to, from, bytes, full(), moe_policy_once());
-        else if (source.packed != NULL)
-            moe_bulk_load(to, from, bytes, full());
         else if (item.gemm2)
             moe_tensor_load_3d(to, &args.w2_rows, block * COLS, row, item.group, full());
         else // 8 rows, gate or up, eights of rows
@@ -362,11 +368,11 @@ template <class Shape> struct ffn_loader {
     __device__ __forceinline__ void load_weights(const moe_item &item, const weight_source &source, int block,
                                                  uint32_t token_bytes) const
     {
-        moe_barrier_expect(full(), source.bytes(args, item, 0) + source.bytes(args, item, 1) + token_bytes);
+        moe_barrier_expect(full(), source.bytes[0] + source.bytes[1] + token_bytes);
         if (Shape::PAIRED && item.shared) {
             load_tile(item, source, block, rank, true);
         } else {
-#pragma unroll 1
+#pragma unroll
             for (int m = 0; m < 2; m++)
                 load_tile(item, source, block, m, false);
         }
@@ -403,7 +409,8 @@ template <class Shape> struct ffn_loader {
         const weight_source source(args, item);
         const int blocks = item.rows > 0 ? source.blocks : 0;
         const int stages = item.rows > 0 ? blocks + lent_stages(item.gemm2, blocks) : Shape::STAGES;
-        const token_source<Shape> gather(args, item.row, gathered ? item.rows : 0);
+        token_source<Shape> gather;
+        const int steps = gathered ? 0 : (item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP; // of rows, by tensor copies
         bool ready = !item.gemm2 || results_there;
 #pragma unroll 1
         for (int block = 0; block < stages; block++) {
@@ -418,6 +425,10 @@ template <class Shape> struct ffn_loader {
                 ready = true;
             }
             if (item.rows > 0) {
+                if (gathered && block == 0)
+                    gather.read(args, item.row, item.rows);
+                if (warp == 0 && block == max(blocks - ahead, 0))
+                    take();
                 if (own || !Shape::ORDERED)
                     wait_empty();
                 if (!own && Shape::ORDERED)
@@ -425,13 +436,10 @@ template <class Shape> struct ffn_loader {
                 if (own && block >= blocks)
                     lend(item, block - blocks);
                 else if (own && moe_elect()) {
-                    const int steps = gathered ? 0 : (item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP;
                     load_weights(item, source, block, steps * MOE_ROW_STEP * ROW_BYTES);
                     if (!gathered)
                         load_rows(item.gemm2 ? args.act : args.down, block, item.row, steps);
                 }
-                if (own)
-                    take_early(blocks - block);
                 if (gathered && block < blocks)
                     gather.load(args, item.rows, tokens(), block, full());
                 else if (!Shape::ORDERED)
@@ -477,18 +485,8 @@ template <class Shape> struct ffn_loader {
 
     __device__ __forceinline__ void take()
     {
-        if (threadIdx.x == 0 && rank == 0)
-            next = moe_fetch_add(args.taken, 1);
-        taking = TAKEN;
-    }
-
-    // The next item is taken while there are so many blocks of this one left that its number is there in time. But only
-    // at their end when few items are left, or where memory is the limit and some blocks are faster than others: who
-    // takes an item early keeps it from those who are free.
-    __device__ __forceinline__ void take_early(int blocks)
-    {
-        if (taking == EARLY && blocks <= 2 * Shape::STAGES && warp == 0)
-            take();
+        if (rank == 0)
+            moe_fetch_add_first(args.taken, 1, &next);
     }
 
     // By the first warp: finds the next item and tells all of the block.
@@ -497,8 +495,6 @@ template <class Shape> struct ffn_loader {
         const uint32_t count = moe_items_count(&items);
         uint32_t current;
         moe_item item = {};
-        if (taking != TAKEN)
-            take();
         for (;; take()) {
             current = Shape::PAIRED && rank > 0 ? receive() : __shfl_sync(0xffffffffu, next, 0);
             if (current >= count)
@@ -507,7 +503,11 @@ template <class Shape> struct ffn_loader {
             if (!Shape::PAIRED || item.rows > 0)
                 break;
         }
-        taking = !args.once && current + 2 * gridDim.x / Shape::BLOCKS < count ? EARLY : LATE;
+        // The item after it is taken while there are so many blocks of it left that the number is there in time. But
+        // only when none is left, before the wait for the stages that are lent, when few items are left, or where
+        // memory is the limit and some blocks are faster than others: who takes an item early keeps it from those who
+        // are free.
+        ahead = !args.once && current + 2 * gridDim.x / Shape::BLOCKS < count ? 2 * Shape::STAGES : 0;
         if (Shape::PAIRED && rank == 0)
             send(current);
         if (threadIdx.x == 0) {
