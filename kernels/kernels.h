@@ -2,7 +2,7 @@
 /*
  * The operations of the layer, one contract each. A path (runtime/paths.c) is a list of steps; a step runs one of these
  * functions on a moe_call. Every implementation of an operation reads and writes exactly what the contract says, so
- * that tests can swap one for another.
+ * that tests can swap one for another. (One does more where the call says so: ffn_routes.)
  *
  * Notation: T tokens, H hidden, I intermediate, G groups (= experts here), S slots, R rows in the plan (known only on
  * the device, R <= T * S). Sums are in fp32 or better; "rounds" is round to nearest even.
@@ -47,7 +47,7 @@ struct moe_call {
     void *stream;
     struct moe_error *error;
     unsigned stages; /* that this call runs (runtime/internal.h); 0: each step by itself, whatever came before */
-    bool routed;     /* the FFN's step does what topk and plan do, whose steps have nothing to do then */
+    bool ffn_routes; /* the FFN's step does what topk and plan do, whose steps have nothing to do then */
     int32_t max_sms; /* 0: all */
     int32_t config;  /* of the path (its configurations are numbered from 1); 0: the path chooses */
 
@@ -116,8 +116,8 @@ moe_status moe_entry_cuda(const struct moe_call *call);
 moe_status moe_gather_cuda(const struct moe_call *call);
 moe_status moe_activation_cuda(const struct moe_call *call);
 moe_status moe_combine_cuda(const struct moe_call *call);
-/* The same behind a kernel that lets the next one start only when the plan is complete: the plan is read at once, and
- * only `down` is waited for. */
+/* The same behind a kernel that lets the next one start only when the plan is in memory (it has fenced what it wrote of
+ * it): the plan is read at once, from L2, and only `down` is waited for. */
 moe_status moe_combine_planned_cuda(const struct moe_call *call);
 
 /* kernels/cuda/simple: gemm1 reads x through row_token (no gathered copy) and applies the activation: x, plan -> act.
@@ -139,13 +139,14 @@ int32_t moe_prefill_config(const struct moe_call *call);
 moe_status moe_prefill_config_check(const struct moe_exec *exec, int32_t config, struct moe_error *why);
 
 /* kernels/cuda/decode: the same step for few rows an expert, where reading weights is what takes time. x, plan -> act,
- * down (both dtype). Either layout; H and I are multiples of 8, dtype is bf16 or f16. The first moe_zeroed_decode bytes
- * of the scratch memory are zero (the plan sees to it). The rest as for prefill. */
+ * down (both dtype); or where it routes (ffn_routes) x, logits -> ids, weights, plan, act, down. Either layout; H and I
+ * are multiples of 8, dtype is bf16 or f16. The first moe_zeroed_decode bytes of the scratch memory are zero (the plan
+ * sees to it, or the logits' step). The rest as for prefill. */
 moe_status moe_ffn_decode(const struct moe_call *call);
 size_t moe_scratch_decode(const struct moe_call *call);
 size_t moe_zeroed_decode(const struct moe_call *call);
-/* Whether a call can be `routed`: then the same memory is zero when the logits are there, and the launch lets the next
- * kernel start when ids, weights and the plan are complete. */
+/* Whether it can route this call. Then its launch lets the next kernel start when ids, weights and plan are complete.
+ */
 bool moe_decode_routes(const struct moe_call *call);
 const char *moe_decode_config_name(int32_t config);
 int32_t moe_decode_config(const struct moe_call *call);

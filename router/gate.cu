@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gate on the GPU: logits on tensor cores (with FMAs where dtypes or sizes rule those out), then the top-k of each
-// token in one warp.
+// The gate on the GPU: logits on tensor cores (with FMAs where dtypes or sizes rule those out), which also set memory
+// of a later step to zero; then the top-k of each token in one warp.
 #include <type_traits>
 
 #include "kernels/cuda/common/dtype.cuh"
@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(SLICES * 32, BLOCKS) logits_tensor(const moe_g
     constexpr int ROUND = PIECES < SLICES ? PIECES : SLICES;
     static_assert(PIECES % ROUND == 0, "pieces are added up in rounds");
     __shared__ float4 parts[ROUND][SLICES][32];
+    static_assert(PIECES > 1 || sizeof parts == MOE_LOGITS_SHARED_BYTES, "others count on it");
     moe_grid_launch_dependents();
 
     // The gate's rows and x come as far as L2, all of them once, by the first blocks: while whoever makes x is still at

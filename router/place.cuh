@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What whoever makes a plan on the GPU has to leave in memory.
+// What those who lead up to the FFN on the GPU leave in memory for it.
 #ifndef MOE_ROUTER_PLACE_CUH
 #define MOE_ROUTER_PLACE_CUH
 
 #include "router/router.h"
 
 // The memory of a step that comes later, of so many bytes, spread over the grid. The last threads of a block go first:
-// they have the least to do otherwise.
+// those that make the plan or add up logits are the first.
 static __device__ inline void moe_set_zeroed(void *zeroed, size_t bytes)
 {
     const uint4 *const end = (const uint4 *)((const char *)zeroed + bytes);

@@ -3,8 +3,9 @@
 // each block. The blocks first count their ranges; then each adds up the counts of the blocks before it, which says
 // where its rows of each group begin, and places its pairs. Few pairs do both in one launch, by one block or by a
 // cluster of blocks, which read each other's counts in shared memory; many need two launches, between which the counts
-// lie in the scratch. Very few tokens get a kernel that chooses their ids as well, and sorts them by simpler means;
-// many whose ids are chosen just before get one that goes by a tally (plan_tally.cu).
+// lie in the scratch. Very few tokens get a kernel that chooses their ids as well, and sorts them by simpler means
+// (where decode's FFN does not do that itself); many whose ids are chosen just before get one that goes by a tally
+// (plan_tally.cu).
 //
 // A block places a tile of pairs at a time, one pair a thread: a warp ranks its 32 pairs among themselves, a sum over
 // the warps before it ranks the warp. So a tile costs a few hundred cycles of latency, whatever the routing.

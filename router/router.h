@@ -36,7 +36,7 @@ struct moe_gate_args {
     float *logits;    /* [T, E] */
     int32_t *ids;     /* [T, K], by falling logit, ties to the lowest id; NaN counts as the largest */
     float *weights;   /* [T, K] */
-    void *zeroed;     /* as in moe_plan_args: memory that moe_logits_cuda sets to zero where no plan does */
+    void *zeroed;     /* as in moe_plan_args: memory that moe_logits_cuda sets to zero, where no plan does */
     size_t zeroed_bytes;
 };
 
@@ -46,6 +46,9 @@ void moe_logits_ref(const struct moe_gate_args *args);
  * of the K. */
 void moe_topk_ref(const struct moe_gate_args *args, int64_t begin, int64_t end);
 
+/* Also sets args->zeroed to zero. For few tokens its blocks have so many bytes of shared memory, beside which those of
+ * the kernel that waits for the logits may find room. */
+enum { MOE_LOGITS_SHARED_BYTES = 4096 };
 moe_status moe_logits_cuda(const struct moe_gate_args *args, const struct moe_gpu *gpu);
 moe_status moe_topk_cuda(const struct moe_gate_args *args, const struct moe_gpu *gpu);
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Top-k of one token by one warp: what the kernel of that name does for many tokens (gate.cu), and the plan's for few
-// before it goes on with them (plan.cu). Both get the same bits.
+// Top-k of one token by one warp: what the kernel of that name does for many tokens (gate.cu), the plan's for fewer
+// before it goes on with them (plan.cu), and decode's FFN for the fewest (kernels/cuda/decode/route.cuh). All get the
+// same bits.
 //
 // A lane holds PER neighbouring experts, so that of equal logits the first in the lowest lane has the lowest id. A key
 // is the logit's bits turned so that unsigned order is the order of the contract: NaN above every number, -0 equal to
@@ -47,7 +48,7 @@ template <int PER> static __device__ inline uint32_t moe_largest_key(const uint3
     return best;
 }
 
-// A token's logits -> the keys of this lane's experts.
+// A token's logits, which are aligned like args.logits or better, -> the keys of this lane's experts.
 template <int PER>
 static __device__ inline void moe_load_keys(const moe_gate_args &args, const float *logits, uint32_t (&key)[PER])
 {
@@ -101,12 +102,12 @@ template <int PER> static __device__ inline uint32_t moe_sort_keys(uint32_t (&ke
 }
 
 // The top_k largest keys, in order, as (id, key) in chosen[top_k] in shared memory, complete when the function returns;
-// these are gone then. The loop over top_k is unrolled UNROLL times; largest(key) is called before it.
+// the keys are gone then. The loop over top_k is unrolled UNROLL times; largest(key) is called before it.
 //
 // Round k finds the k-th largest; the first lane that has it writes it down and goes on to its next best. What a round
-// waits for is a chain of a few instructions if that is known already: so few keys are sorted.
+// waits for is a chain of a few instructions if that is known already: so keys are sorted where a lane has few.
 template <int PER, int UNROLL, typename F>
-static __device__ inline void moe_choose(uint32_t (&key)[PER], int top_k, int2 *chosen, F largest)
+static __device__ inline void moe_choose_keys(uint32_t (&key)[PER], int top_k, int2 *chosen, F largest)
 {
     constexpr unsigned ALL_LANES = 0xffffffffu;
     constexpr bool SORTED = PER <= 8;
@@ -161,10 +162,10 @@ static __device__ inline float moe_sum_keys(const uint32_t (&key)[PER], float la
         return key[J] != 0 ? expf(moe_logit_of_key(key[J]) - largest) : 0.0f;
 }
 
-// What moe_choose() has left of a token -> its top_k <= 32 KEPT ids and weights, and these as (id, bits of the weight)
-// in chosen[top_k], complete when the function returns. taken(id) is called once for each id, by some lane. `sum` is
-// the lane's part of the softmax's sum; of renormalized weights 0: dividing them by the sum over the chosen would
-// cancel it, so that sum is taken in its place.
+// What moe_choose_keys() has left of a token -> its top_k <= 32 KEPT ids and weights, and these as (id, bits of the
+// weight) in chosen[top_k], complete when the function returns. taken(id) is called once for each id, by some lane.
+// `sum` is the lane's part of the softmax's sum; of renormalized weights 0: dividing them by the sum over the chosen
+// would cancel it, so that sum is taken in its place.
 template <int KEPT, typename F>
 static __device__ inline void moe_weigh(const moe_gate_args &args, float largest, float sum, int32_t *ids,
                                         float *weights, int2 *chosen, F taken)
@@ -207,7 +208,7 @@ static __device__ inline void moe_topk_token(const moe_gate_args &args, const fl
     uint32_t key[PER];
     float largest, sum = 0.0f;
     moe_load_keys(args, logits, key);
-    moe_choose<PER, UNROLL>(key, args.top_k, chosen, [&](uint32_t largest_key) {
+    moe_choose_keys<PER, UNROLL>(key, args.top_k, chosen, [&](uint32_t largest_key) {
         largest = moe_logit_of_key(largest_key);
         if (!args.renormalize)
             sum = moe_sum_keys(key, largest);

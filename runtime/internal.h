@@ -100,7 +100,8 @@ struct moe_path_info {
     unsigned needs;
     moe_dtype gate_up_dtype, act_dtype, down_dtype; /* MOE_DTYPE_NONE: the layer's */
     size_t (*scratch)(const struct moe_call *call); /* NULL: none; looks at shapes only */
-    size_t (*zeroed)(const struct moe_call *call);  /* of it, the first bytes that the plan sets to zero; NULL: none */
+    size_t (*zeroed)(
+        const struct moe_call *call); /* of it, the first bytes, which are zero when the FFN runs; NULL: none */
     bool (*routes)(const struct moe_call *call);    /* whether its FFN routes where all stages run; NULL: never */
     const char *(*config_name)(int32_t config);     /* from 1 until it is NULL; NULL: one way to run */
     int32_t (*config)(const struct moe_call *call); /* that a call without one gets; reads shapes, max_sms and exec */
@@ -141,7 +142,8 @@ moe_status moe_choose_layout(const moe_context *ctx, const moe_layer_desc *desc,
 
 /* ---- Workspace (workspace.c): one function both sizes and carves ---- */
 
-/* Fills the buffers of `call` from `workspace`, or with workspace NULL only counts. Returns the bytes needed. */
+/* Fills the buffers of `call` from `workspace`, or with workspace NULL only counts, and settles whether the FFN routes
+ * and so which step sets scratch memory to zero. Returns the bytes needed. */
 size_t moe_workspace_carve(struct moe_call *call, const struct moe_path_info *path, void *workspace);
 
 /* ---- A call (call.c): a layer and a batch, checked and laid out for the path that runs it ---- */

@@ -65,7 +65,7 @@ static moe_status logits_cuda(const struct moe_call *call)
 static moe_status topk_cuda(const struct moe_call *call)
 {
     const struct moe_gpu gpu = gpu_of(call);
-    if (call->routed)
+    if (call->ffn_routes)
         return MOE_OK;
     moe_status status = call->stages & MOE_STAGE_PLAN ? moe_topk_plan_cuda(&call->gate, &call->plan, &gpu)
                                                       : moe_topk_cuda(&call->gate, &gpu);

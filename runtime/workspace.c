@@ -72,9 +72,9 @@ size_t moe_workspace_carve(struct moe_call *call, const struct moe_path_info *pa
     call->scratch_bytes = path->scratch != NULL ? path->scratch(call) : 0;
     call->scratch = take(&arena, call->scratch_bytes, 1);
     const size_t zeroed = path->zeroed != NULL ? path->zeroed(call) : 0;
-    call->routed = call->stages == MOE_STAGES_ALL && path->routes != NULL && path->routes(call);
+    call->ffn_routes = call->stages == MOE_STAGES_ALL && path->routes != NULL && path->routes(call);
     call->gate.zeroed = call->plan.zeroed = call->scratch;
-    call->gate.zeroed_bytes = call->routed ? zeroed : 0;
-    call->plan.zeroed_bytes = call->routed ? 0 : zeroed;
+    call->gate.zeroed_bytes = call->ffn_routes ? zeroed : 0;
+    call->plan.zeroed_bytes = call->ffn_routes ? 0 : zeroed;
     return arena.used;
 }

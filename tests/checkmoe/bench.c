@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Times of the paths and their steps for one shape, routed evenly at random: medians of host time around a call and the
- * wait for it, so that on a GPU a launch is included. For changes to one kernel; `moe bench` has the ceilings. */
+ * wait for it, so that on a GPU a launch is included. The steps share the work as in moe_forward, where one may do
+ * another's. For changes to one kernel; `moe bench` has the ceilings. */
 #include <inttypes.h>
 #include <stdlib.h>
 
@@ -122,6 +123,7 @@ int bench(struct checker *checker, const char *shape, moe_dtype dtype)
                     break;
                 check_begin(checker, (moe_path)p, (moe_layout)layout, config);
                 moe_call_shape(&call, layers[layout], c.tokens, c.top_k, dtype);
+                call.stages = MOE_STAGES_ALL;
                 call.input = arena_device(arena, input);
                 call.output = arena_device(arena, output);
                 call.max_sms = checker->max_sms > 0 ? checker->max_sms : 0;

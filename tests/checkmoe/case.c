@@ -46,8 +46,8 @@ static int64_t draw_tokens(struct random *random, bool gpu)
 {
     if (gpu && random_one_in(random, 4))
         return PICK(random, 129, 255, 256, 257, 511, 512, 513, 1000, 1025, 2047);
-    if (gpu && random_one_in(random, 4)) /* what decode is for */
-        return random_between(random, 1, 300);
+    if (gpu && random_one_in(random, 4)) /* what decode is for, and what its FFN routes itself */
+        return random_between(random, 1, PICK(random, 16, 300));
     if (random_one_in(random, 3))
         return PICK(random, 0, 1, 1, 2, 3, 4);
     if (random_one_in(random, 2))
@@ -188,15 +188,16 @@ void case_draw(struct test_case *c, uint64_t seed, struct case_kind kind)
     c->tokens = draw_tokens(&random, kind.gpu);
     c->hidden = eights ? draw_width_of_eights(&random) : draw_width(&random);
     c->intermediate = eights ? draw_width_of_eights(&random) : draw_width(&random);
-    c->experts = (int32_t)PICK(&random, 1, 2, 3, 4, 7, 8, 8, 16, 31, 33, 40, 60, 64, 65, 128, 160, 512);
-    c->top_k = (int32_t)random_between(&random, 1, c->experts < 16 ? c->experts : 16);
+    c->experts = (int32_t)PICK(&random, 1, 2, 3, 4, 7, 8, 8, 16, 31, 33, 40, 60, 64, 65, 128, 129, 160, 255, 256, 512);
+    const int64_t most = PICK(&random, 16, 32);
+    c->top_k = (int32_t)random_between(&random, 1, c->experts < most ? c->experts : most);
     c->slots = c->top_k;
     if (random_one_in(&random, 4)) /* a caller may bring more slots than the layer has, even than it has experts */
         c->slots = (int32_t)random_between(&random, 1, random_one_in(&random, 4) ? MOE_MAX_TOP_K : 20);
 
     if (!kind.small && random_one_in(&random, 40)) { /* as many experts and slots as there may be */
-        c->experts = (int32_t)PICK(&random, 256, 257, 512, 1000, MOE_MAX_EXPERTS);
-        c->top_k = (int32_t)random_between(&random, 1, MOE_MAX_TOP_K);
+        c->experts = (int32_t)PICK(&random, 129, 160, 255, 256, 257, 512, 1000, MOE_MAX_EXPERTS);
+        c->top_k = (int32_t)random_between(&random, 1, PICK(&random, 32, MOE_MAX_TOP_K));
         c->slots = random_one_in(&random, 2) ? MOE_MAX_TOP_K : c->top_k;
         c->tokens = random_between(&random, 1, 20);
         c->hidden = step * random_between(&random, 1, 24 / step);

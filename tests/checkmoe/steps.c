@@ -154,7 +154,7 @@ static bool same_ints(struct checker *checker, int region, const int32_t *expect
 }
 
 /* ids and weights: what the plan was made of. */
-static void check_plan(struct checker *checker, const struct test_case *c, const struct setup *s, const void *ids,
+static bool check_plan(struct checker *checker, const struct test_case *c, const struct setup *s, const void *ids,
                        moe_dtype ids_dtype, const float *weights)
 {
     const int64_t pairs = c->tokens * c->slots;
@@ -173,18 +173,22 @@ static void check_plan(struct checker *checker, const struct test_case *c, const
     moe_plan_ref(&args);
 
     const int64_t rows = args.plan.offsets[c->experts];
-    if (same_ints(checker, s->counts, args.plan.counts, c->experts) &&
-        same_ints(checker, s->offsets, args.plan.offsets, c->experts + 1) &&
-        same_ints(checker, s->row_token, args.plan.row_token, rows) &&
-        same_ints(checker, s->row_slot, args.plan.row_slot, rows) &&
-        same_ints(checker, s->slot_row, args.plan.slot_row, pairs) &&
-        memcmp(arena_host(&checker->arena, s->row_weight), args.plan.row_weight, (size_t)rows * sizeof(float)) != 0)
+    bool fine = same_ints(checker, s->counts, args.plan.counts, c->experts) &&
+                same_ints(checker, s->offsets, args.plan.offsets, c->experts + 1) &&
+                same_ints(checker, s->row_token, args.plan.row_token, rows) &&
+                same_ints(checker, s->row_slot, args.plan.row_slot, rows) &&
+                same_ints(checker, s->slot_row, args.plan.slot_row, pairs);
+    if (fine &&
+        memcmp(arena_host(&checker->arena, s->row_weight), args.plan.row_weight, (size_t)rows * sizeof(float)) != 0) {
         check_fail(checker, "plan.row_weight differs from the weights of its rows");
+        fine = false;
+    }
     free(ints);
+    return fine;
 }
 
-/* Of the memory of the step that comes next the plan sets to zero what that step asks for, and leaves the rest. */
-static void check_zeroed(struct checker *checker, const struct setup *s)
+/* Of the FFN's memory what it asks for is set to zero, by the plan or in its place by the gate, and the rest left. */
+static bool check_zeroed(struct checker *checker, const struct setup *s)
 {
     const struct region *region = &checker->arena.regions[s->scratch];
     const uint8_t *scratch = arena_host(&checker->arena, s->scratch);
@@ -192,11 +196,13 @@ static void check_zeroed(struct checker *checker, const struct setup *s)
 
     for (size_t i = 0; i < zeroed; i++)
         if (scratch[i] != 0) {
-            check_fail(checker, "plan.zeroed[byte %zu of %zu] is %d, expected 0", i, zeroed, scratch[i]);
-            return;
+            check_fail(checker, "scratch[byte %zu] is %d, expected 0 up to %zu", i, scratch[i], zeroed);
+            return false;
         }
-    if (memcmp(scratch + zeroed, checker->arena.before + region->offset + zeroed, region->bytes - zeroed) != 0)
-        check_fail(checker, "scratch is written past the %zu bytes that the plan sets to zero", zeroed);
+    if (memcmp(scratch + zeroed, checker->arena.before + region->offset + zeroed, region->bytes - zeroed) == 0)
+        return true;
+    check_fail(checker, "scratch is written past the %zu bytes that are set to zero", zeroed);
+    return false;
 }
 
 static const int32_t *plan_ints(const struct checker *checker, int region)
@@ -414,54 +420,106 @@ static void plant(struct checker *checker, const struct test_case *c, const stru
         plant_output(checker, s->output, c, run);
 }
 
+/* Waits for what runs, and has its results here. */
+static bool fetch(struct checker *checker)
+{
+    return check_call(checker, moe_synchronize(checker->ctx, NULL), "moe_synchronize") &&
+           check_call(checker, arena_fetch(&checker->arena), "copying from the device");
+}
+
+/* Top-k gets logits that no gate would give it. */
+static bool send_logits(struct checker *checker, const struct test_case *c, const struct setup *s)
+{
+    return check_call(checker, arena_write(&checker->arena, s->logits, c->logits), "copying to the device");
+}
+
 static bool run_step(struct checker *checker, const struct test_case *c, struct setup *s, const struct moe_step *step,
                      int run)
 {
-    struct arena *arena = &checker->arena;
-
-    /* Top-k gets logits that no gate would give it. */
-    if ((step->stages & MOE_STAGE_TOPK) && !(step->stages & MOE_STAGE_LOGITS) &&
-        !check_call(checker, arena_write(arena, s->logits, c->logits), "copying to the device"))
+    if ((step->stages & MOE_STAGE_TOPK) && !(step->stages & MOE_STAGE_LOGITS) && !send_logits(checker, c, s))
         return false;
-    arena_keep(arena);
-    if (!call_step(checker, step, &s->call) ||
-        !check_call(checker, moe_synchronize(checker->ctx, NULL), "moe_synchronize") ||
-        !check_call(checker, arena_fetch(arena), "copying from the device"))
+    arena_keep(&checker->arena);
+    if (!call_step(checker, step, &s->call) || !fetch(checker))
         return false;
     plant(checker, c, s, step->stages, run);
     return check_arena(checker, writes(s, step->stages));
 }
 
-/* Top-k and plan as a whole forward has them run, where the plan is that of the ids just chosen and one launch may do
- * both. */
-static void run_routing(struct checker *checker, const struct test_case *c, const struct moe_path_info *info,
-                        struct setup *s)
+/* As in a whole forward, where the plan is that of the ids just chosen. */
+static struct moe_call routing_call(const struct setup *s, unsigned stages)
 {
-    const unsigned stages = MOE_STAGE_TOPK | MOE_STAGE_PLAN;
-    struct arena *arena = &checker->arena;
     struct moe_call call = s->call;
 
     call.stages = stages;
     call.plan.ids = call.gate.ids;
     call.plan.ids_dtype = MOE_I32;
     call.plan.weights = call.gate.weights;
+    return call;
+}
+
+static bool check_routing(struct checker *checker, const struct test_case *c, const struct setup *s)
+{
+    const int32_t *ids = arena_host(&checker->arena, s->gate_ids);
+    const float *weights = arena_host(&checker->arena, s->gate_weights);
+
+    return check_topk(checker, arena_host(&checker->arena, s->logits), ids, weights) &&
+           check_plan(checker, c, s, ids, MOE_I32, weights);
+}
+
+/* Top-k and plan where both run, which one launch may do. */
+static void run_routing(struct checker *checker, const struct test_case *c, const struct moe_path_info *info,
+                        struct setup *s)
+{
+    const unsigned stages = MOE_STAGE_TOPK | MOE_STAGE_PLAN;
+    const struct moe_call call = routing_call(s, stages);
+
     checker->op = "topk and plan";
-    if (!check_call(checker, arena_send(arena, 0xff), "copying to the device") ||
-        !check_call(checker, arena_write(arena, s->logits, c->logits), "copying to the device"))
+    if (!check_call(checker, arena_send(&checker->arena, 0xff), "copying to the device") || !send_logits(checker, c, s))
         return;
     for (const struct moe_step *step = info->steps; step->run != NULL; step++)
         if ((step->stages & stages) != 0 && !call_step(checker, step, &call))
             return;
-    if (!check_call(checker, moe_synchronize(checker->ctx, NULL), "moe_synchronize") ||
-        !check_call(checker, arena_fetch(arena), "copying from the device"))
+    if (!fetch(checker))
         return;
     plant(checker, c, s, stages, 0);
-    const int32_t *ids = arena_host(arena, s->gate_ids);
-    const float *weights = arena_host(arena, s->gate_weights);
-    if (check_arena(checker, writes(s, stages)) && check_topk(checker, arena_host(arena, s->logits), ids, weights)) {
-        check_plan(checker, c, s, ids, MOE_I32, weights);
+    if (check_arena(checker, writes(s, stages)) && check_routing(checker, c, s))
         check_zeroed(checker, s);
+}
+
+/* A whole forward up to combine where the FFN does what top-k and plan do: nobody before it touches their results, and
+ * the gate sets to zero what the plan would have. */
+static void run_ffn_routing(struct checker *checker, const struct test_case *c, const struct moe_path_info *info,
+                            struct setup *s)
+{
+    const unsigned before = MOE_STAGE_ENTRY | MOE_STAGE_LOGITS;
+    const unsigned stages = MOE_STAGES_ALL & ~(before | MOE_STAGE_COMBINE);
+    struct moe_call call = routing_call(s, MOE_STAGES_ALL);
+
+    call.ffn_routes = true;
+    call.gate.zeroed = call.scratch;
+    call.gate.zeroed_bytes = call.plan.zeroed_bytes;
+    call.plan.zeroed_bytes = 0;
+    checker->op = "routing in the FFN";
+    if (!check_call(checker, arena_send(&checker->arena, 0xff), "copying to the device"))
+        return;
+    for (const struct moe_step *step = info->steps; !(step->stages & MOE_STAGE_COMBINE); step++) {
+        if ((step->stages & MOE_STAGE_GEMM1) && (!fetch(checker) || !check_arena(checker, writes(s, before)) ||
+                                                 !check_logits(checker, arena_host(&checker->arena, s->logits)) ||
+                                                 !check_zeroed(checker, s) || !send_logits(checker, c, s)))
+            return;
+        if (!call_step(checker, step, &call))
+            return;
     }
+    if (!fetch(checker))
+        return;
+    plant(checker, c, s, stages, 0);
+    if (check_arena(checker, writes(s, stages) | bit(s->x)) && check_routing(checker, c, s))
+        check_ffn(checker, c, s, stages);
+}
+
+static bool wants_op(const struct checker *checker, const char *name)
+{
+    return checker->only_op == NULL || strcmp(checker->only_op, name) == 0;
 }
 
 /* Whether a path has top-k and plan as steps of their own, and the case has memory for a plan of what the gate chooses.
@@ -473,8 +531,14 @@ static bool has_routing(const struct checker *checker, const struct test_case *c
     for (const struct moe_step *step = info->steps; step->run != NULL; step++)
         if ((step->stages & stages) != 0 && (step->stages & ~stages) != 0)
             return false;
-    return c->slots == c->top_k &&
-           (checker->only_op == NULL || strcmp(checker->only_op, "topk") == 0 || strcmp(checker->only_op, "plan") == 0);
+    return c->slots == c->top_k && (wants_op(checker, "topk") || wants_op(checker, "plan"));
+}
+
+/* Whether the path's FFN does both in such a call, and the case has the memory. */
+static bool has_ffn_routing(const struct checker *checker, const struct test_case *c, const struct moe_path_info *info,
+                            const struct setup *s)
+{
+    return info->routes != NULL && c->slots == c->top_k && info->routes(&s->call) && wants_op(checker, "ffn");
 }
 
 static void run_steps(struct checker *checker, const struct test_case *c, const struct moe_path_info *info,
@@ -491,7 +555,7 @@ static void run_steps(struct checker *checker, const struct test_case *c, const 
             checker->op = step->name;
             if (!run_step(checker, c, s, step, run))
                 break;
-            if (run == 0 && (checker->only_op == NULL || strcmp(checker->only_op, step->name) == 0))
+            if (run == 0 && wants_op(checker, step->name))
                 check_step(checker, c, s, step->stages);
             if (checker->failures != failures) /* what follows from a wrong result is of no interest */
                 break;
@@ -520,6 +584,8 @@ void check_steps(struct checker *checker, const struct test_case *c)
     if (set_up(checker, c, info, &s)) {
         if (has_routing(checker, c, info))
             run_routing(checker, c, info, &s);
+        if (checker->failures == failures && has_ffn_routing(checker, c, info, &s))
+            run_ffn_routing(checker, c, info, &s);
         if (checker->failures == failures)
             run_steps(checker, c, info, &s);
     }

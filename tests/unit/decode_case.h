@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the tests of the decode path on a GPU share: two layers of random weights, single forwards of them with what
+/* What the tests of the decode path on a GPU share: three layers of random weights, single forwards of them with what
  * they give alone, and an end for a test that hangs. */
 #ifndef MOE_TESTS_UNIT_DECODE_CASE_H
 #define MOE_TESTS_UNIT_DECODE_CASE_H
@@ -10,7 +10,7 @@
 #include "tests/unit/device.h"
 
 enum { CASE_LAYOUTS = 2, CASE_STREAMS = 4 };
-enum { CASE_EVEN, CASE_ODD, CASE_SHAPES };
+enum { CASE_EVEN, CASE_ODD, CASE_MANY, CASE_SHAPES };
 
 struct case_shape {
     const char *name;

@@ -9,7 +9,8 @@
 
 #include "tests/unit/decode_case.h"
 
-enum { RUNS = 2, ROUTED_BY_ONE_BLOCK = 16 };
+/* Up to so many tokens a block that routes needs no other one: it routes for all, or each of the FFN's for itself. */
+enum { RUNS = 2, ROUTED_ALONE = 16 };
 
 static cudaStream_t holder;
 static volatile int32_t *stop, *running; /* of test_hold_sms: one number, and one for each SM */
@@ -69,7 +70,7 @@ static void check_batch(const struct batch *batch, int layout, int32_t config, i
                         struct test_differences *found)
 {
     static const int32_t lefts[] = {0, 1, 2, 5};
-    const bool at_once = max_sms == 0 && !batch->routed && batch->tokens > ROUTED_BY_ONE_BLOCK;
+    const bool at_once = max_sms == 0 && !batch->routed && batch->tokens > ROUTED_ALONE;
     struct case_run runs[RUNS];
     for (int i = 0; i < RUNS; i++) {
         runs[i] = case_run_make(&case_models[CASE_EVEN], layout, MOE_PATH_DECODE, config, max_sms, batch->routed,

@@ -13,18 +13,17 @@
 static void forwards_in_one_graph(void **state)
 {
     (void)state;
-    enum { FORWARDS = 32, REPLAYS = 200 };
-    static const int64_t tokens[] = {1, 64, 5, 16, 2, 33, 300};
+    enum { COUNTS = 7, FORWARDS = 2 * CASE_SHAPES * COUNTS, REPLAYS = 150 };
+    static const int64_t tokens[COUNTS] = {1, 64, 5, 16, 2, 33, 300}; /* each with each layer */
     struct test_differences *found = case_differences();
     for (int32_t config = 1; case_next_config(&config); config++) {
         struct case_run runs[FORWARDS];
         size_t bytes = 0;
         cudaStream_t stream = case_streams[0];
         for (int i = 0; i < FORWARDS; i++) {
-            const int32_t max_sms = i % 8 == 6 ? 2 : 0;
-            runs[i] =
-                case_run_make(&case_models[i / 2 % CASE_SHAPES], i % 3 % 2, MOE_PATH_DECODE, config, max_sms, false,
-                              tokens[i / 2 % (int)(sizeof tokens / sizeof *tokens)], 500 + (uint64_t)i, stream);
+            const int32_t max_sms = i % 5 == 3 ? 2 : 0;
+            runs[i] = case_run_make(&case_models[i / 2 % CASE_SHAPES], i % CASE_LAYOUTS, MOE_PATH_DECODE, config,
+                                    max_sms, false, tokens[i / 2 % COUNTS], 500 + (uint64_t)i, stream);
             if (i % 2 == 1) { /* alone, once more, on the result of the one before */
                 runs[i].batch.hidden_states = runs[i - 1].y;
                 case_run_enqueue(&runs[i]);

@@ -326,6 +326,7 @@ static void batches_through_one_gate(void **state)
     (void)state;
     check_batches(CASE_EVEN, false, 1000, 8);
     check_batches(CASE_ODD, false, 200, 3);
+    check_batches(CASE_MANY, false, 100, 16);
 }
 
 static int setup(void **state)

@@ -24,6 +24,7 @@ static const struct shape {
     {"dsv3-ep4", 7168, 2048, 64, 8, 16384},        {"gpt-oss", 2880, 2880, 32, 4, 16384},
     {"qwen2-moe-a2.7b", 2048, 1408, 60, 4, 16384}, {"qwen3-30b-a3b", 2048, 768, 128, 8, 131072},
     {"olmoe", 2048, 1024, 64, 8, 16384},           {"512 experts", 2048, 512, 512, 10, 131072},
+    {"256 experts", 2048, 512, 256, 8, 16384},     {"top 33", 2048, 512, 64, 33, 4096},
 };
 
 static moe_layer make_layer(const struct shape *s, moe_layout layout)
@@ -117,11 +118,12 @@ static void few_need_no_more_than_many(void **state)
 /* Where decode's FFN routes by itself no plan runs: the logits' kernel sets to zero what the plan does otherwise. */
 static void one_kernel_sets_to_zero(void **state)
 {
-    enum { MMA = 2 };
+    enum { WGMMA = 1, MMA };
     static const unsigned stages[] = {MOE_STAGES_ALL, MOE_STAGES_EXPERTS, MOE_STAGES_ROUTE};
     const struct moe_path_info *path = moe_path_info_get(MOE_PATH_DECODE);
     (void)state;
-    if (moe_path_available(&gpu, MOE_PATH_DECODE, NULL, NULL, 0) != MOE_OK)
+    if (moe_path_available(&gpu, MOE_PATH_DECODE, NULL, NULL, 0) != MOE_OK ||
+        moe_choose_config(&gpu, path, WGMMA, NULL) != MOE_OK)
         skip();
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const moe_layer layer = make_layer(&shapes[i], MOE_LAYOUT_PACKED);
@@ -133,11 +135,11 @@ static void one_kernel_sets_to_zero(void **state)
                     call.stages = stages[s];
                     call.config = config;
                     moe_workspace_carve(&call, path, NULL);
-                    const bool routed =
-                        stages[s] == MOE_STAGES_ALL && tokens <= 16 && shapes[i].experts <= 256 && config != MMA;
-                    assert_int_equal(call.routed, routed);
-                    assert_int_equal(call.gate.zeroed_bytes, routed ? path->zeroed(&call) : 0);
-                    assert_int_equal(call.plan.zeroed_bytes, routed ? 0 : path->zeroed(&call));
+                    const bool routes = stages[s] == MOE_STAGES_ALL && config != MMA && tokens <= 16 &&
+                                        shapes[i].experts <= 256 && shapes[i].top_k <= 32;
+                    assert_int_equal(call.ffn_routes, routes);
+                    assert_int_equal(call.gate.zeroed_bytes, routes ? path->zeroed(&call) : 0);
+                    assert_int_equal(call.plan.zeroed_bytes, routes ? 0 : path->zeroed(&call));
                     assert_true(path->zeroed(&call) > 0);
                 }
     }

@@ -12,7 +12,7 @@
 #include "router/place.cuh"
 #include "router/topk.cuh"
 
-constexpr int MOE_ROUTED_TOKENS = 16, MOE_ROUTED_TOP_K = 32;
+constexpr int MOE_ROUTED_TOKENS = 16, MOE_ROUTED_TOP_K = 32; // a lane has one of its warp's pairs
 
 // Where a block has it, in shared memory.
 struct moe_decode_choice {
@@ -21,24 +21,31 @@ struct moe_decode_choice {
     int2 *pairs;      // [MOE_ROUTED_TOKENS][MOE_ROUTED_TOP_K]: ids, and in that block the bits of weights
 };
 
-// Of `chosen` and of `first`.
-static __host__ __device__ inline int32_t moe_choice_bytes(int32_t experts)
+// Experts that `chosen` and `first` have room for; and the bytes of all three.
+static __host__ __device__ constexpr int32_t moe_routed_experts(int32_t experts)
 {
-    return (experts + 3) / 4 * 4 * (int32_t)sizeof(int32_t);
+    return (experts + 3) / 4 * 4;
+}
+
+static __host__ __device__ constexpr int32_t moe_routed_bytes(int32_t experts)
+{
+    return moe_routed_experts(experts) * 2 * (int32_t)sizeof(int32_t) +
+           MOE_ROUTED_TOKENS * MOE_ROUTED_TOP_K * (int32_t)sizeof(int2);
 }
 
 // No expert is chosen, after the block's next barrier.
 static __device__ inline void moe_clear_choice(const moe_decode_choice &choice, int32_t experts)
 {
-    for (int e = threadIdx.x; e < (experts + 3) / 4 * 4; e += blockDim.x)
+    for (int e = threadIdx.x; e < moe_routed_experts(experts); e += blockDim.x)
         choice.chosen[e] = 0;
 }
 
-// By each warp, of which there is one for each token at least; for those that other kernels follow it waits, and calls
-// waited() then. Chooses its token's experts; ids and weights go to memory if `writes`. A lane looks after PER experts.
+// By each warp; there is one for each token at least. Waits for the kernels ahead, then calls waited(). Chooses the
+// experts of the warp's token; ids and weights go to memory if `writes`. A lane looks after PER experts.
 //
-// While there is time a warp on each of the SM's four schedulers chooses once from numbers that are no logits, without
-// a result: so the instructions, which nobody has run lately, are in the SM's caches when the logits come.
+// Before it waits the first warp on each of the SM's four schedulers, if it has a token, chooses once from the gate's
+// weights, as if they were logits, without a result: so the instructions, which nobody has run lately, are in the SM's
+// caches when the logits come. (The weights are aligned, and as hidden is 8 or more there are bytes enough.)
 template <int PER, typename F>
 static __device__ __forceinline__ void moe_choose_experts(const moe_gate_args &gate, const moe_decode_choice &choice,
                                                           bool writes, F waited)
@@ -46,12 +53,12 @@ static __device__ __forceinline__ void moe_choose_experts(const moe_gate_args &g
     const int lane = threadIdx.x % 32, token = threadIdx.x / 32;
     const bool mine = token < (int)gate.tokens;
     int2 *const pairs = choice.pairs + token * MOE_ROUTED_TOP_K;
-    const float *logits = (const float *)((uintptr_t)gate.gate & ~(uintptr_t)15);
+    const float *logits = (const float *)gate.gate;
     int top_k = 1;
     uint32_t bit = 0;
 #pragma unroll 1
-    for (bool there = !mine || token >= 4;; there = true) {
-        if (there) {
+    for (bool real = !mine || token >= 4;; real = true) {
+        if (real) {
             moe_grid_wait();
             waited();
             logits = gate.logits + token * gate.experts;
@@ -62,18 +69,18 @@ static __device__ __forceinline__ void moe_choose_experts(const moe_gate_args &g
             uint32_t key[PER];
             float largest, sum = 0.0f;
             moe_load_keys(gate, logits, key);
-            moe_choose<PER, 1>(key, top_k, pairs, [&](uint32_t largest_key) {
+            moe_choose_keys<PER, 1>(key, top_k, pairs, [&](uint32_t largest_key) {
                 largest = moe_logit_of_key(largest_key);
                 if (writes && !gate.renormalize)
                     sum = moe_sum_keys(key, largest);
             });
             if (lane < top_k)
                 atomicOr(choice.chosen + pairs[lane].x, bit);
-            if (there && writes)
+            if (real && writes)
                 moe_weigh<1>(gate, largest, sum, gate.ids + token * top_k, gate.weights + token * top_k, pairs,
                              [](int) {});
         }
-        if (there)
+        if (real)
             return;
     }
 }
@@ -129,7 +136,7 @@ static __device__ inline int moe_chosen_token(uint32_t chosen, int n)
     return __ffs((int)chosen) - 1;
 }
 
-// The plan's pairs, by threads number `thread` of `threads`, when `first` is known.
+// The plan's pairs, by thread number `thread` of `threads`, when `first` is known.
 static __device__ inline void moe_place_chosen(const moe_gate_args &gate, const moe_plan &plan,
                                                const moe_decode_choice &choice, int thread, int threads)
 {

@@ -187,10 +187,10 @@ struct follower {
 
     __device__ moe_decode_choice choice() const
     {
-        const int32_t experts = args.decode.groups, bytes = moe_choice_bytes(experts);
-        char *const at = reinterpret_cast<char *>(__cvta_shared_to_generic(shared + choice_begin(experts)));
-        return {reinterpret_cast<uint32_t *>(at), reinterpret_cast<int32_t *>(at + bytes),
-                reinterpret_cast<int2 *>(at + 2 * bytes)};
+        const int32_t experts = args.decode.groups;
+        int32_t *const at = reinterpret_cast<int32_t *>(__cvta_shared_to_generic(shared + choice_begin(experts)));
+        int32_t *const first = at + moe_routed_experts(experts);
+        return {reinterpret_cast<uint32_t *>(at), first, reinterpret_cast<int2 *>(first + moe_routed_experts(experts))};
     }
 
     // By whole warps. False: there is nothing left.
@@ -225,14 +225,15 @@ template <int PER, typename F> __device__ __forceinline__ void choose(const foll
 }
 
 // By the multiplying warpgroups of the block that writes the plan, once it knows the experts' first rows: nobody else
-// has time. The next kernel may start when all of it is in memory.
+// has time. The next kernel reads it without waiting for this one's end: so what all of the block has written of it is
+// fenced before the word that lets that one start.
 __device__ inline void write_plan(const follower &own)
 {
     const int thread = threadIdx.x - LOADERS;
     moe_barrier_wait(own.shared + MEASURED, 0);
     moe_place_chosen(own.args.gate, own.args.plan, own.choice(), thread, MULTIPLIERS * WARPGROUP);
     __threadfence();
-    moe_named_sync(1, MULTIPLIERS * WARPGROUP);
+    moe_named_sync(1 + MULTIPLIERS, MULTIPLIERS * WARPGROUP);
     moe_grid_launch_dependents();
 }
 
@@ -276,20 +277,21 @@ template <int PER> struct walker : follower {
         }
     }
 
-    // Makes the list of no choice at first, so that these instructions, too, are in the SM's caches, then of the
-    // choice, when the warp has done its part of it. The block that writes the plan writes the counts here.
+    // Makes the list of whatever there is at first, without a result, so that these instructions, too, are in the SM's
+    // caches; then of the choice, when the warp has done its part of it and all others theirs. The block that writes
+    // the plan writes the counts here.
     __device__ __forceinline__ int32_t start_routed(moe_decode_walk &walk)
     {
         const moe_plan &plan = args.plan;
         const int32_t experts = args.decode.groups;
         int32_t taken = 0;
 #pragma unroll 1
-        for (bool there = false;; there = true) {
-            if (there) {
+        for (bool real = false;; real = true) {
+            if (real) {
                 choose<PER>(*this, [&] { taken = walk.take(); });
                 moe_barrier_wait(shared + CHOSEN, 0);
             }
-            const bool writes = there && writes_plan();
+            const bool writes = real && writes_plan();
             const int32_t largest =
                 moe_list_chosen(choice(), experts, walk.list, walk.tiles, [&](int e, int32_t rows, int32_t row) {
                     if (!writes)
@@ -300,7 +302,7 @@ template <int PER> struct walker : follower {
                     if (e == experts - 1)
                         plan.offsets[experts] = row + rows;
                 });
-            if (there) {
+            if (real) {
                 walk.single = true;
                 return walk.start(taken, largest);
             }
@@ -730,8 +732,14 @@ template <typename T, int MOST> struct multiplier : follower {
 
 // MOST: tokens of a tile. PER > 0: it routes, a token by each warp, with so many experts a lane. Then it leaves half of
 // the registers, and enough of shared memory, for a block of the logits' kernel: so it can start while that one runs.
-constexpr int BESIDE_BYTES = 5 * 1024, MOST_PER = 8;
+constexpr int BESIDE_BYTES = MOE_LOGITS_SHARED_BYTES + 1024; // which the system reserves for each block
+constexpr int PER_OF_MOST = 4, PER_OF_MANY = 8;              // as most layers need it, and more
 static_assert(MOE_ROUTED_TOKENS <= WARPS, "a warp for each token");
+static_assert((227 * 1024 - BESIDE_BYTES - ring_begin(PER_OF_MANY * 32, moe_routed_bytes(PER_OF_MANY * 32)) -
+               MULTIPLIERS * MOE_ROUTED_TOKENS * ROW_BYTES) /
+                      (TILE_BYTES + MOE_ROUTED_TOKENS * ROW_BYTES) >=
+                  UNDER_WAY,
+              "as above");
 
 template <typename T, int MOST, int PER>
 __global__ void __launch_bounds__(PER > 0 ? 2 * THREADS : THREADS, 1)
@@ -762,7 +770,7 @@ __global__ void __launch_bounds__(PER > 0 ? 2 * THREADS : THREADS, 1)
         *reinterpret_cast<int32_t *>(decode_memory + ASKED) = 0;
         moe_barrier_init_done();
     }
-    if (PER == 0 && args.guess > 0 && warp == WEIGHT_LOADER && first_lane)
+    if (args.guess > 0 && warp == WEIGHT_LOADER && first_lane)
         moe_fetch_guess(args.decode.w13, args.decode.hidden, args.decode.intermediate, args.decode.groups, blockIdx.x,
                         args.guess);
     if constexpr (PER > 0)
@@ -809,10 +817,8 @@ band_weights weights_of(const void *data, int64_t rows, int64_t cols, bool packe
 template <typename T, int MOST, int PER> moe_status launch(const struct moe_call *call, wgmma_args &args)
 {
     const int32_t groups = args.decode.groups;
-    const int choice =
-        PER > 0 ? 2 * moe_choice_bytes(groups) + MOE_ROUTED_TOKENS * MOE_ROUTED_TOP_K * (int)sizeof(int2) : 0;
     const int shared = call->exec->shared_bytes - (PER > 0 ? BESIDE_BYTES : 0);
-    args.ring_begin = ring_begin(groups, choice);
+    args.ring_begin = ring_begin(groups, PER > 0 ? moe_routed_bytes(groups) : 0);
     for (int width = 0; width <= MOST / 16; width++) {
         const int piece = tokens_of(width) * ROW_BYTES;
         const int stages = (shared - args.ring_begin - MULTIPLIERS * piece) / (TILE_BYTES + piece);
@@ -826,10 +832,10 @@ template <typename T, int MOST, int PER> moe_status launch(const struct moe_call
 
 template <typename T> moe_status launch(const struct moe_call *call, wgmma_args &args)
 {
-    if (!call->routed)
+    if (!call->ffn_routes)
         return launch<T, MOE_DECODE_TOKENS, 0>(call, args);
-    return args.decode.groups <= 4 * 32 ? launch<T, MOE_ROUTED_TOKENS, 4>(call, args)
-                                        : launch<T, MOE_ROUTED_TOKENS, MOST_PER>(call, args);
+    return args.decode.groups <= PER_OF_MOST * 32 ? launch<T, MOE_ROUTED_TOKENS, PER_OF_MOST>(call, args)
+                                                  : launch<T, MOE_ROUTED_TOKENS, PER_OF_MANY>(call, args);
 }
 
 } // namespace
@@ -837,7 +843,7 @@ template <typename T> moe_status launch(const struct moe_call *call, wgmma_args 
 bool moe_decode_wgmma_routes(const struct moe_call *call)
 {
     return call->tokens > 0 && call->tokens <= MOE_ROUTED_TOKENS && call->gate.top_k <= MOE_ROUTED_TOP_K &&
-           call->gate.experts <= MOST_PER * 32 && call->plan.expert_group == NULL;
+           call->gate.experts <= PER_OF_MANY * 32 && call->plan.expert_group == NULL;
 }
 
 moe_status moe_ffn_decode_wgmma(const struct moe_call *call, const moe_decode_args &decode)
@@ -849,7 +855,7 @@ moe_status moe_ffn_decode_wgmma(const struct moe_call *call, const moe_decode_ar
     args.packed = call->w13.layout == MOE_LAYOUT_PACKED;
     args.weights[0] = weights_of(call->w13.data, 2 * call->intermediate, call->hidden, args.packed);
     args.weights[1] = weights_of(call->w2.data, call->hidden, call->intermediate, args.packed);
-    args.guess = args.packed ? moe_guessed_tiles(call->tokens * call->slots, decode.groups) : 0;
+    args.guess = args.packed && !call->ffn_routes ? moe_guessed_tiles(call->tokens * call->slots, decode.groups) : 0;
     if (!args.packed) {
         moe_status status = moe_map_w13(call, &args.w13_rows);
         if (status == MOE_OK)

@@ -8,7 +8,8 @@
 // Whether it can route this call itself (kernels.h).
 bool moe_decode_wgmma_routes(const struct moe_call *call);
 
-// x, plan -> act, down, one launch on call->stream.
+// x, plan -> act, down, or of a call that it routes x, logits -> ids, weights, plan, act, down; one launch on
+// call->stream.
 moe_status moe_ffn_decode_wgmma(const struct moe_call *call, const moe_decode_args &args);
 
 #endif

@@ -21,7 +21,8 @@ constexpr int MAX_THREADS = 512;
 template <typename T> constexpr int vec = 16 / sizeof(T);
 
 // A strip is PARTS parts of 32 lanes * vec columns; SLOTS slots are loaded at once. Not ALIGNED: element by element.
-// `planned`: slot_row and row_weight may be read at once (kernels.h), and each warp waits before it reads down. Those
+// `planned`: slot_row and row_weight may be read at once (kernels.h), if past the SM's caches, since the kernel ahead
+// may have written them; and each warp waits before it reads down. Those
 // without a strip do not wait; the grid still ends after the kernel ahead, for the warp of the first strip does. While
 // there is time a warp also adds up a round of slots that are not there: its instructions, which nobody has run lately,
 // are in the SM's caches then.
