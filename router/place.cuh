@@ -6,7 +6,7 @@
 #include "router/router.h"
 
 // The memory of a step that comes later, of so many bytes, spread over the grid. The last threads of a block go first:
-// those that make the plan or add up logits are the first.
+// it is the first that make the plan, or add up logits.
 static __device__ inline void moe_set_zeroed(void *zeroed, size_t bytes)
 {
     const uint4 *const end = (const uint4 *)((const char *)zeroed + bytes);

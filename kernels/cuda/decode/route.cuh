@@ -92,8 +92,8 @@ static __device__ __forceinline__ int32_t moe_list_chosen(const moe_decode_choic
                                                           moe_decode_place *list, int32_t &tiles, F tell)
 {
     constexpr unsigned ALL_LANES = 0xffffffffu;
-    constexpr int EACH = 4;
-    constexpr uint32_t TILE = 1 << 16; // experts of a lane; a number holds tiles and rows
+    constexpr int EACH = 4;            // experts of a lane
+    constexpr uint32_t TILE = 1 << 16; // in a number that counts tiles and rows
     static_assert(MOE_ROUTED_TOKENS * MOE_ROUTED_TOP_K < TILE, "rows must fit");
     const int lane = threadIdx.x % 32;
     int32_t largest = 0;
