@@ -209,6 +209,10 @@ void case_draw(struct test_case *c, uint64_t seed, struct case_kind kind)
         c->experts = c->experts < 16 ? c->experts : 16;
         c->top_k = c->top_k < c->experts ? c->top_k : c->experts;
         c->slots = c->slots < 16 ? c->slots : 16;
+    } else if (kind.small && random_one_in(&random, 10)) { /* many experts, which shrinking would leave few of */
+        c->experts = (int32_t)PICK(&random, 129, 160, 255, 256);
+        c->tokens = random_between(&random, 1, 20);
+        c->hidden = c->intermediate = 8;
     } else {
         if (!kind.small && eights && random_one_in(&random, 25))
             draw_long_sums(c, &random);
