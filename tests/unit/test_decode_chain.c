@@ -13,7 +13,7 @@
 static void forwards_in_one_graph(void **state)
 {
     (void)state;
-    enum { COUNTS = 7, FORWARDS = 2 * CASE_SHAPES * COUNTS, REPLAYS = 150 };
+    enum { COUNTS = 7, FORWARDS = 2 * CASE_SHAPES * COUNTS, REPLAYS = 200 };
     static const int64_t tokens[COUNTS] = {1, 64, 5, 16, 2, 33, 300}; /* each with each layer */
     struct test_differences *found = case_differences();
     for (int32_t config = 1; case_next_config(&config); config++) {
