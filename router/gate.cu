@@ -191,7 +191,7 @@ template <typename T, int MI, int NI, int AHEAD, int BLOCKS, bool HALF = false> 
         const int64_t slice = moe_ceil_div(moe_ceil_div(args->hidden, STEP), SLICES) * STEP;
         const tiling cut = {tokens, experts, (int)moe_ceil_div(args->experts, experts), (uint32_t)tiles, (int)slice};
         const auto kernel = logits_tensor<T, MI, NI, AHEAD, BLOCKS, HALF>;
-        if (MI * NI == 1) // the FFN's blocks, which need a lot of shared memory, can start beside these
+        if (MI * NI == 1 && gpu->dependent) // the FFN's blocks, which need a lot of it, can start beside these
             cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
         moe_launch(kernel, grid, SLICES * 32, 0, gpu->stream, gpu->dependent, *args, cut);
