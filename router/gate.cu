@@ -43,9 +43,10 @@ struct tiling {
     int slice;      // columns
 };
 
-// A tile has tokens <= 16 MI and experts <= 8 NI. AHEAD steps are on their way at any time. HALF, with MI = 1: it has
-// at most 8 tokens, whose rows are rows 8 to 15 of the product as well.
-template <typename T, int MI, int NI, int AHEAD, int BLOCKS, bool HALF>
+// A tile has tokens <= 16 MI and experts <= 8 NI. AHEAD steps are on their way at any time, in registers or, if STAGED,
+// in shared memory, where there is room for more: each thread for itself, so that nobody waits for another. HALF, with
+// MI = 1: it has at most 8 tokens, whose rows are rows 8 to 15 of the product as well.
+template <typename T, int MI, int NI, int AHEAD, int BLOCKS, bool HALF, bool STAGED>
 __global__ void __launch_bounds__(SLICES * 32, BLOCKS) logits_tensor(const moe_gate_args args, const tiling cut)
 {
     constexpr int PIECES = MI * NI;         // m16n8
@@ -54,6 +55,10 @@ __global__ void __launch_bounds__(SLICES * 32, BLOCKS) logits_tensor(const moe_g
     static_assert(PIECES % ROUND == 0, "pieces are added up in rounds");
     __shared__ float4 parts[ROUND][SLICES][32];
     static_assert(PIECES > 1 || sizeof parts == MOE_LOGITS_SHARED_BYTES, "others count on it");
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    if (STAGED) // where it is not launched
+        return;
+#endif
     moe_grid_launch_dependents();
 
     // The gate's rows and x come as far as L2, all of them once, by the first blocks: while whoever makes x is still at
@@ -94,7 +99,7 @@ __global__ void __launch_bounds__(SLICES * 32, BLOCKS) logits_tensor(const moe_g
         // Step a of a round is multiplied, then its registers take the same step of the round at `next`; `whole`: all
         // of that round is in the slice. Columns past the slice count as zero.
         float sum[MI][NI][4] = {};
-        uint4 xv[AHEAD][ROWS], wv[AHEAD][NI];
+        uint4 xv[STAGED ? 1 : AHEAD][ROWS], wv[STAGED ? 1 : AHEAD][NI];
         const auto load = [&](int a, int next, auto whole) {
             const char *x_at = x + next * sizeof(T), *gate_at = gate + next * sizeof(T);
             const bool there = whole.value || next + a * STEP + quad * 8 < end;
@@ -112,7 +117,40 @@ __global__ void __launch_bounds__(SLICES * 32, BLOCKS) logits_tensor(const moe_g
                 for (int i = 0; i < MI; i++)
                     multiply<T>(sum[i][j], xv[a][2 * i], xv[a][HALF ? 0 : 2 * i + 1], wv[a][j]);
         };
-        if constexpr (PIECES == 1) {
+        if constexpr (STAGED) {
+            extern __shared__ uint4 staged[]; // [AHEAD][ROWS + NI][threads]
+            const auto fetch = [&](int stage, int next) {
+                uint4 *const to = staged + stage * (ROWS + NI) * SLICES * 32 + threadIdx.x;
+                const bool there = next + quad * 8 < end;
+                const int64_t at = there ? next * (int64_t)sizeof(T) : 0; // of columns past the slice nothing is read
+#pragma unroll
+                for (int i = 0; i < ROWS; i++)
+                    moe_cp_async(to + i * SLICES * 32, x + x_row[i] + at, there ? 16 : 0);
+#pragma unroll
+                for (int j = 0; j < NI; j++)
+                    moe_cp_async(to + (ROWS + j) * SLICES * 32, gate + gate_row[j] + at, there ? 16 : 0);
+                moe_cp_async_commit();
+            };
+#pragma unroll
+            for (int a = 0; a < AHEAD; a++)
+                fetch(a, begin + a * STEP);
+            int stage = 0;
+#pragma unroll 1
+            for (int next = begin; next < end; next += STEP) {
+                moe_cp_async_wait<AHEAD - 1>();
+                const uint4 *const from = staged + stage * (ROWS + NI) * SLICES * 32 + threadIdx.x;
+#pragma unroll
+                for (int i = 0; i < ROWS; i++)
+                    xv[0][i] = from[i * SLICES * 32];
+#pragma unroll
+                for (int j = 0; j < NI; j++)
+                    wv[0][j] = from[(ROWS + j) * SLICES * 32];
+                multiply_step(0);
+                fetch(stage, next + AHEAD * STEP);
+                stage = stage + 1 == AHEAD ? 0 : stage + 1;
+            }
+            moe_cp_async_wait<0>();
+        } else if constexpr (PIECES == 1) {
             // With so little to do it takes longest to fetch the instructions: so they are here only once.
 #pragma unroll 1
             for (int next = begin; next < end; next += AHEAD * STEP) {
@@ -181,7 +219,8 @@ inline int64_t rows_per_sm(const struct moe_gate_args *args, int sms, int tokens
     return moe_ceil_div(tiles, sms) * (tokens + experts);
 }
 
-template <typename T, int MI, int NI, int AHEAD, int BLOCKS, bool HALF = false> struct tensor_tile {
+// STAGES: steps on their way through shared memory, where there is as much of it as compute capability 9.0 has.
+template <typename T, int MI, int NI, int AHEAD, int BLOCKS, int STAGES = 0, bool HALF = false> struct tensor_tile {
     enum { TOKENS = HALF ? 8 : 16 * MI, EXPERTS = 8 * NI };
 
     static void launch(const struct moe_gate_args *args, const struct moe_gpu *gpu, int tokens, int experts)
@@ -190,7 +229,15 @@ template <typename T, int MI, int NI, int AHEAD, int BLOCKS, bool HALF = false> 
         const unsigned grid = moe_grid(tiles, gpu->max_sms, gpu->sms, BLOCKS);
         const int64_t slice = moe_ceil_div(moe_ceil_div(args->hidden, STEP), SLICES) * STEP;
         const tiling cut = {tokens, experts, (int)moe_ceil_div(args->experts, experts), (uint32_t)tiles, (int)slice};
-        const auto kernel = logits_tensor<T, MI, NI, AHEAD, BLOCKS, HALF>;
+        if constexpr (STAGES > 0)
+            if (gpu->dependent && moe_built_for_90()) {
+                const auto kernel = logits_tensor<T, MI, NI, STAGES, BLOCKS, HALF, true>;
+                constexpr int BYTES = STAGES * (2 * MI + NI) * SLICES * 32 * (int)sizeof(uint4);
+                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
+                moe_launch(kernel, grid, SLICES * 32, BYTES, gpu->stream, gpu->dependent, *args, cut);
+                return;
+            }
+        const auto kernel = logits_tensor<T, MI, NI, AHEAD, BLOCKS, HALF, false>;
         if (MI * NI == 1 && gpu->dependent) // the FFN's blocks, which need a lot of it, can start beside these
             cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
@@ -201,10 +248,10 @@ template <typename T, int MI, int NI, int AHEAD, int BLOCKS, bool HALF = false> 
 // All but the smallest tiles, which can be cut down. 16 loads or more in flight a thread, as far as registers go.
 template <typename T, typename F> void for_each_tile(F f)
 {
-    f(tensor_tile<T, 4, 8, 1, 1>());
-    f(tensor_tile<T, 4, 4, 2, 1>());
-    f(tensor_tile<T, 2, 8, 2, 1>());
-    f(tensor_tile<T, 2, 4, 4, 1>());
+    f(tensor_tile<T, 4, 8, 1, 1, 3>());
+    f(tensor_tile<T, 4, 4, 2, 1, 4>());
+    f(tensor_tile<T, 2, 8, 2, 1, 4>());
+    f(tensor_tile<T, 2, 4, 4, 1, 6>());
     f(tensor_tile<T, 2, 2, 2, 2>());
     f(tensor_tile<T, 2, 1, 4, 2>());
 }
@@ -233,7 +280,7 @@ template <typename T> void launch_tensor(const struct moe_gate_args *args, const
         for (int e = smallest::EXPERTS; e > 0; e /= 2)
             consider(t, e);
 
-    typedef tensor_tile<T, 1, 1, 8, 2, true> half;
+    typedef tensor_tile<T, 1, 1, 8, 2, 0, true> half;
     if (tokens <= half::TOKENS)
         half::launch(args, gpu, tokens, experts);
     else if (tokens <= smallest::TOKENS)

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The prefill path's items by number: each tile of tokens meets each band of both GEMMs exactly once, in an order in
- * which nothing waits for what comes later, and its tiles cut up the plan's rows without a gap. */
+ * which nothing waits for what comes later, groups with one tile spread evenly among the others; and the tiles cut up
+ * the plan's rows without a gap. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -12,17 +13,33 @@
 #include "kernels/cuda/common/tiles.h"
 #include "kernels/cuda/prefill/items.h"
 
+static bool comes_first(const struct moe_items *items, int32_t entry)
+{
+    return moe_items_entry_tiles(items, entry) > moe_items_entry_groups(items, entry);
+}
+
 /* The table as the kernel makes it. Of entries that stand for several groups the last one may stand for fewer. */
-static void fill_table(struct moe_items *items, const int32_t *offsets, struct moe_item_entry table[MOE_ITEM_TABLE + 1])
+static void fill_table(struct moe_items *items, const int32_t *offsets, struct moe_item_table *table)
 {
     items->offsets = offsets;
     items->table = table;
-    int32_t tiles = 0;
-    for (int32_t entry = 0; entry < items->entries; entry++) {
-        table[entry] = (struct moe_item_entry){tiles, offsets[entry << items->shift]};
-        tiles += moe_items_entry_tiles(items, entry);
+    int32_t at = 0, tiles = 0, first = 0;
+    for (int last = 0; last < 2; last++) {
+        for (int32_t entry = 0; entry < items->entries; entry++) {
+            if (comes_first(items, entry) == (last == 1))
+                continue;
+            table->tile[at] = tiles;
+            table->order[at++] = (uint8_t)entry;
+            table->row[entry] = offsets[entry << items->shift];
+            tiles += moe_items_entry_tiles(items, entry);
+        }
+        if (last == 0)
+            first = tiles;
     }
-    table[items->entries] = (struct moe_item_entry){tiles, offsets[items->groups]};
+    assert_int_equal(at, items->entries);
+    table->tile[items->entries] = tiles;
+    table->row[items->entries] = offsets[items->groups];
+    moe_items_mixed(table, (uint32_t)tiles, (uint32_t)first);
 }
 
 /* What is known of a tile from the first item that had it. */
@@ -42,9 +59,16 @@ static bool follows(const struct moe_item *a, const struct moe_item *b, int32_t 
     return a->tile < b->tile;
 }
 
-static void check_rows(const int32_t *offsets, int32_t groups, int32_t nmax, const struct tile *tiles, int32_t count)
+static int by_row(const void *a, const void *b)
+{
+    const int32_t row_a = ((const struct tile *)a)->row, row_b = ((const struct tile *)b)->row;
+    return (row_a > row_b) - (row_a < row_b);
+}
+
+static void check_rows(const int32_t *offsets, int32_t groups, int32_t nmax, struct tile *tiles, int32_t count)
 {
     int32_t tile = 0;
+    qsort(tiles, (size_t)count, sizeof *tiles, by_row);
     for (int32_t g = 0; g < groups; g++) {
         int32_t row = offsets[g], most = 0, least = INT32_MAX;
         const int32_t first = tile;
@@ -81,11 +105,11 @@ static void check_pair(const struct moe_item *a, const struct moe_item *b, int32
 static void check_items_of(const int32_t *offsets, int32_t groups, int32_t nmax, int32_t bands1, int32_t bands2,
                            int32_t blocks)
 {
-    struct moe_item_entry table[MOE_ITEM_TABLE + 1];
+    struct moe_item_table table;
     struct moe_items items = moe_items_make(groups, nmax, bands1, bands2, blocks);
     assert_in_range(items.entries, 1, MOE_ITEM_TABLE);
-    fill_table(&items, offsets, table);
-    const int32_t count = moe_items_count(&items), tiles = table[items.entries].tile;
+    fill_table(&items, offsets, &table);
+    const int32_t count = moe_items_count(&items), tiles = table.tile[items.entries];
     const size_t bands = (size_t)(bands1 + bands2);
     assert_int_equal(count, tiles * ((bands1 + blocks - 1) / blocks + (bands2 + blocks - 1) / blocks));
     assert_true(tiles <= moe_max_tiles(offsets[groups], groups, nmax));
@@ -93,8 +117,9 @@ static void check_items_of(const int32_t *offsets, int32_t groups, int32_t nmax,
     struct tile *known = calloc((size_t)tiles + 1, sizeof *known);
     bool *seen = calloc((size_t)tiles * bands + 1, sizeof *seen);
     assert_true(known != NULL && seen != NULL);
-    struct moe_item last = {.group = -1};
-    int32_t first_tile = 0; /* of the group */
+    struct moe_item last_of[2] = {{.group = -1}, {.group = -1}}; /* of those that come first in the table, of others */
+    int32_t first_tile[2] = {0, 0};                              /* of its group */
+    int32_t so_far[2] = {0, 0};                                  /* items */
     for (int32_t at = 0; at < count * blocks; at++) {
         const int32_t number = at / blocks, block = at % blocks;
         const struct moe_item item = moe_items_at(&items, number, block);
@@ -131,13 +156,25 @@ static void check_items_of(const int32_t *offsets, int32_t groups, int32_t nmax,
 
         if (block == 1)
             continue;
+        const int other = !comes_first(&items, item.group >> items.shift);
+        const struct moe_item last = last_of[other];
         if (item.group != last.group)
-            first_tile = item.tile;
+            first_tile[other] = item.tile;
         /* A tile that is left over comes after all pairs of its group. */
         const bool left_over = item.group == last.group && item.gemm2 == last.gemm2 && last.shared && !item.shared;
-        if (number > 0)
-            assert_true(left_over ? last.tile < item.tile : follows(&last, &item, first_tile));
-        last = item;
+        if (last.group >= 0)
+            assert_true(left_over ? last.tile < item.tile : follows(&last, &item, first_tile[other]));
+        last_of[other] = item;
+        const int32_t tiles_of_group = moe_items_tiles(offsets[item.group + 1] - offsets[item.group], nmax);
+        assert_int_equal(item.once, tiles_of_group == 1);
+
+        /* Both kinds are always as far as each other, to within an item. */
+        so_far[other]++;
+        if (blocks == 1) {
+            const int32_t tiles_of[2] = {table.first, tiles - table.first};
+            const int64_t ahead = (int64_t)so_far[0] * tiles_of[1] - (int64_t)so_far[1] * tiles_of[0];
+            assert_true(ahead <= 2 * (int64_t)tiles && ahead >= -2 * (int64_t)tiles);
+        }
     }
     for (size_t i = 0; i < (size_t)tiles * bands; i++)
         assert_true(seen[i]);
@@ -205,10 +242,10 @@ static void sums_fit(void **state)
 {
     (void)state;
     const int32_t offsets[] = {0, 0, INT32_MAX};
-    struct moe_item_entry table[MOE_ITEM_TABLE + 1];
+    struct moe_item_table table;
     struct moe_items items = moe_items_make(2, 192, 64, 64, 1);
-    fill_table(&items, offsets, table);
-    const int32_t tiles = table[2].tile, count = moe_items_count(&items);
+    fill_table(&items, offsets, &table);
+    const int32_t tiles = table.tile[2], count = moe_items_count(&items);
     assert_int_equal(tiles, INT32_MAX / 192 + 1);
     assert_int_equal(count, tiles * 128);
     for (int gemm2 = 0; gemm2 < 2; gemm2++) {
@@ -221,9 +258,32 @@ static void sums_fit(void **state)
     }
 }
 
+/* One long group among short ones, and the other way round. */
+static void kinds_are_mixed(void **state)
+{
+    (void)state;
+    for (int32_t groups = 2; groups <= 256; groups *= 4)
+        for (int32_t odd = 0; odd < groups; odd += groups / 2)
+            for (int reversed = 0; reversed < 2; reversed++) {
+                int32_t offsets[256 + 1] = {0};
+                for (int32_t g = 0; g < groups; g++)
+                    offsets[g + 1] = offsets[g] + ((g == odd) != (reversed == 1) ? 3000 : 20);
+                check_items(offsets, groups, 192, 6, 8);
+            }
+    /* Two items of the long group, then one of a short one, and so on. */
+    const int32_t offsets[] = {0, 10, 394, 404};
+    struct moe_item_table table;
+    struct moe_items items = moe_items_make(3, 192, 2, 1, 1);
+    fill_table(&items, offsets, &table);
+    static const int32_t order[] = {1, 0, 1, 0, 1, 2, 1, 2, 1, 0, 1, 2};
+    assert_int_equal(moe_items_count(&items), 12);
+    for (int32_t i = 0; i < 12; i++)
+        assert_int_equal(moe_items_at(&items, i, 0).group, order[i]);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(every_band_once), cmocka_unit_test(one_group_has_all),
-                                       cmocka_unit_test(sums_fit)};
+                                       cmocka_unit_test(kinds_are_mixed), cmocka_unit_test(sums_fit)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

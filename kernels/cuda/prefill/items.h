@@ -9,6 +9,10 @@
  * read: in a group, up to MOE_ITEM_PART tiles go through all bands together, the tiles of one band following each
  * other.
  *
+ * A group with one tile is done as soon as its weights have come from memory, one with many keeps the tensor cores busy
+ * with weights that have come long ago. One kind after the other would take the sum of both times: so the items of
+ * groups with one tile are spread evenly among the others.
+ *
  * Two blocks of a cluster can take an item together: two tiles of a group with the same band, whose weights each block
  * brings half of for both; or where a tile is left over two bands of it.
  */
@@ -29,18 +33,21 @@ enum {
     MOE_ITEM_TABLE = 256,                /* entries at most */
 };
 
-/* Tiles and rows of all groups before an entry's. */
-struct moe_item_entry {
-    int32_t tile, row;
+/* Through the table a tile's group is found, without a look at memory as long as an entry stands for one group. That is
+ * so if there is room for all of them; else each entry stands for 2^shift groups, 16 of 4096, among which the offsets
+ * tell. First come the entries with a group that has more than one tile, then the others. The table takes 2.3 KB,
+ * whatever the groups, so that the kernel's shared memory has room for as many stages with all of them. */
+struct moe_item_table {
+    int32_t tile[MOE_ITEM_TABLE + 1]; /* of all entries before it; then of all */
+    int32_t row[MOE_ITEM_TABLE + 1];  /* the first of each entry, in the order of groups; then the end of all */
+    int32_t first;                    /* tiles of the entries that come first */
+    uint32_t share;                /* of tiles that the others have, in units of 2^-32, rounded up; 0: nothing to mix */
+    uint8_t order[MOE_ITEM_TABLE]; /* which one, in the order of groups, each entry is */
 };
 
-/* Through the table a tile's group is found. An entry stands for 2^shift groups: one as long as there is room for all
- * of them, 16 of 4096. Then nothing has to be read from memory; among several the group is found by their offsets. The
- * table takes 2 KB, whatever the groups, so that the kernel's shared memory has room for as many stages with all of
- * them. */
 struct moe_items {
-    const int32_t *offsets;             /* [groups + 1], the plan's */
-    const struct moe_item_entry *table; /* [entries + 1]: the last is for the end of all */
+    const int32_t *offsets; /* [groups + 1], the plan's */
+    const struct moe_item_table *table;
     int32_t groups, entries, shift;
     int32_t nmax;
     int32_t bands1, bands2; /* of w13 and w2 */
@@ -52,8 +59,10 @@ struct moe_item {
     int32_t rows; /* 1 to nmax; 0: nothing (moe_items_at), or in the kernel: there are no more items */
     int32_t tile, group, band;
     bool gemm2;
+    bool once;   /* no other tile needs these weights */
     bool shared; /* by two blocks: the other one has the same band */
     bool idle;   /* it is the other block's, and this one only goes along */
+    bool early;  /* in the kernel: the next item is taken some time before this one ends */
 };
 
 /* Without the arrays. The number of items must fit in 31 bits. */
@@ -88,15 +97,39 @@ static MOE_HOST_DEVICE inline struct moe_item_rows moe_items_rows(int32_t count,
     return rows;
 }
 
-/* Tiles of an entry's groups: what the table is made of. */
+/* How many groups an entry, by number, stands for. */
+static MOE_HOST_DEVICE inline int32_t moe_items_entry_groups(const struct moe_items *items, int32_t entry)
+{
+    const int32_t left = items->groups - (entry << items->shift);
+    return left < 1 << items->shift ? left : 1 << items->shift;
+}
+
+/* Tiles of an entry's groups: what the table is made of. With more of them than groups it comes among the first. */
 static MOE_HOST_DEVICE inline int32_t moe_items_entry_tiles(const struct moe_items *items, int32_t entry)
 {
-    const int32_t first = entry << items->shift, left = items->groups - first;
-    const int32_t groups = left < 1 << items->shift ? left : 1 << items->shift;
+    const int32_t first = entry << items->shift, groups = moe_items_entry_groups(items, entry);
     int32_t tiles = 0;
     for (int32_t g = first; g < first + groups; g++)
         tiles += moe_items_tiles(items->offsets[g + 1] - items->offsets[g], items->nmax);
     return tiles;
+}
+
+/* Completes a table of so many tiles, of which the entries that come first have `first`. */
+static MOE_HOST_DEVICE inline void moe_items_mixed(struct moe_item_table *table, uint32_t tiles, uint32_t first)
+{
+    const uint64_t others = tiles - first;
+    table->first = (int32_t)first;
+    table->share = first > 0 && others > 0 ? (uint32_t)(((others << 32) + tiles - 1) / tiles) : 0;
+}
+
+/* Where item `at` of a GEMM is in the order of the table. Of the items before it those of the last entries have their
+ * share, rounded down; it is one of them if with it that is one more. */
+static MOE_HOST_DEVICE inline uint32_t moe_items_mix(const struct moe_items *items, int32_t of_tile, uint32_t at)
+{
+    const uint32_t share = items->table->share;
+    const uint32_t last = (uint32_t)((uint64_t)at * share >> 32);
+    const bool is_last = (uint32_t)((uint64_t)(at + 1) * share >> 32) > last;
+    return is_last ? (uint32_t)(items->table->first * of_tile) + last : at - last;
 }
 
 /* Items of a tile; of two blocks, half of what two tiles have in common. */
@@ -107,7 +140,7 @@ static MOE_HOST_DEVICE inline int32_t moe_items_of_tile(int32_t bands, int32_t b
 
 static MOE_HOST_DEVICE inline int32_t moe_items_count(const struct moe_items *items)
 {
-    return items->table[items->entries].tile *
+    return items->table->tile[items->entries] *
            (moe_items_of_tile(items->bands1, items->blocks) + moe_items_of_tile(items->bands2, items->blocks));
 }
 
@@ -120,12 +153,12 @@ static MOE_HOST_DEVICE inline int32_t moe_items_begun(const struct moe_items *it
     uint32_t lane;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane)); /* so that what follows from it takes no registers elsewhere */
     const int32_t own = entry + (int32_t)lane * step;
-    const bool begun = own < items->entries && (uint32_t)(items->table[own].tile * of_tile) <= at;
+    const bool begun = own < items->entries && (uint32_t)(items->table->tile[own] * of_tile) <= at;
     return __popc(__ballot_sync(0xffffffffu, begun));
 #else
     int32_t begun = 0;
     for (int32_t own = entry; own < entry + 32 * step && own < items->entries; own += step)
-        begun += (uint32_t)(items->table[own].tile * of_tile) <= at;
+        begun += (uint32_t)(items->table->tile[own] * of_tile) <= at;
     return begun;
 #endif
 }
@@ -145,21 +178,18 @@ static MOE_HOST_DEVICE inline int32_t moe_items_entry(const struct moe_items *it
 static MOE_HOST_DEVICE inline struct moe_item moe_items_at(const struct moe_items *items, int32_t number, int32_t block)
 {
     const int32_t blocks = items->blocks;
-    const int32_t items1 = items->table[items->entries].tile * moe_items_of_tile(items->bands1, blocks);
+    const int32_t items1 = items->table->tile[items->entries] * moe_items_of_tile(items->bands1, blocks);
     struct moe_item item;
     item.gemm2 = number >= items1;
     const int32_t bands = item.gemm2 ? items->bands2 : items->bands1, of_tile = moe_items_of_tile(bands, blocks);
-    const uint32_t at = (uint32_t)(item.gemm2 ? number - items1 : number);
+    const uint32_t at = moe_items_mix(items, of_tile, (uint32_t)(item.gemm2 ? number - items1 : number));
 
-    const int32_t entry = moe_items_entry(items, of_tile, at);
-    const struct moe_item_entry *from = &items->table[entry];
-    int32_t tile = from->tile, row = from->row, count = from[1].row - row, own = from[1].tile - tile;
-    item.group = entry << items->shift;
+    const int32_t entry = moe_items_entry(items, of_tile, at), place = items->table->order[entry];
+    int32_t tile = items->table->tile[entry], own = items->table->tile[entry + 1] - tile;
+    item.group = place << items->shift;
     if (items->shift > 0)
         for (;; item.group++, tile += own) {
-            row = items->offsets[item.group];
-            count = items->offsets[item.group + 1] - row;
-            own = moe_items_tiles(count, items->nmax);
+            own = moe_items_tiles(items->offsets[item.group + 1] - items->offsets[item.group], items->nmax);
             if ((uint32_t)((tile + own) * of_tile) > at)
                 break;
         }
@@ -171,7 +201,8 @@ static MOE_HOST_DEVICE inline struct moe_item moe_items_at(const struct moe_item
     const uint32_t most = (uint32_t)(MOE_ITEM_PART / blocks), of_part = most * length;
     int32_t mine;
     item.shared = in_group < abreast * length;
-    item.idle = false;
+    item.once = own == 1;
+    item.idle = item.early = false;
     if (item.shared) {
         const uint32_t part = in_group < of_part ? 0 : in_group / of_part, in_part = in_group - part * of_part;
         const uint32_t first = part * most, left = abreast - first, height = left < most ? left : most;
@@ -185,8 +216,9 @@ static MOE_HOST_DEVICE inline struct moe_item moe_items_at(const struct moe_item
         mine = own - 1;
     }
     item.tile = tile + mine;
-    const struct moe_item_rows rows = moe_items_rows(count, own, mine);
-    item.row = row + rows.first;
+    const int32_t *row = items->shift > 0 ? items->offsets + item.group : items->table->row + place;
+    const struct moe_item_rows rows = moe_items_rows(row[1] - row[0], own, mine);
+    item.row = row[0] + rows.first;
     item.rows = item.band < bands ? rows.count : 0;
     return item;
 }

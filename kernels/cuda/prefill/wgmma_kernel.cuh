@@ -82,6 +82,12 @@ struct lent_tile {
     bool gemm2;
 };
 
+// Of a warp's entries, when the table of items is made: their tiles, how many of them come first, and the tiles of
+// those.
+struct table_sums {
+    int32_t tiles, first, first_tiles;
+};
+
 // NMAX tokens to a tile, STAGES in the ring. ORDERED: GEMM 1's tokens lie in `down`, in plan order. PAIRED: by clusters
 // of two blocks.
 template <int NMAX_, int STAGES_, bool ORDERED_, bool PAIRED_> struct ffn_shape {
@@ -104,8 +110,8 @@ template <int NMAX_, int STAGES_, bool ORDERED_, bool PAIRED_> struct ffn_shape 
     static constexpr int NUMBER_FULL = SLOT_EMPTY + SLOTS * 8, NUMBER = NUMBER_FULL + NUMBERS * 8;
     static constexpr int ITEMS = NUMBER + NUMBERS * 4, TILES = ITEMS + SLOTS * sizeof(moe_item);
     static constexpr int TABLE = TILES + STAGES * sizeof(lent_tile);
-    static constexpr int SUMS = TABLE + (MOE_ITEM_TABLE + 1) * sizeof(moe_item_entry);
-    static constexpr int BYTES = SUMS + FFN_THREADS / 32 * 4;
+    static constexpr int SUMS = TABLE + sizeof(moe_item_table);
+    static constexpr int BYTES = SUMS + FFN_THREADS / 32 * sizeof(table_sums);
     static_assert(STAGE % 1024 == 0 && NMAX % 64 == 0);
     static_assert(STAGES == WARPGROUP / 32, "each stage has a warp of its own");
     static_assert(STAGES < NUMBERS, "the second block may be two rings behind, two stages an item");
@@ -218,20 +224,23 @@ template <class Shape> struct ffn_loader {
     enum { OWN, LENT, UNSETTLED } state = OWN;
     uint32_t lent_parity = 0;
 
-    // Of the first warp: the next item's number, which is its first thread's, and how many blocks of an item are left
-    // when it is taken.
-    moe_items items;
     item_reader<Shape> reader;
-    uint32_t next;
-    int ahead = 0;
+    uint32_t next; // of the first thread: the next item's number
 
     // The first thread of a pair's first block, or of a block alone, has taken item number `first`.
     __device__ ffn_loader(const ffn_args &a, uint32_t memory, int block, uint32_t first)
-        : args(a), shared(memory), rank(block), warp(__shfl_sync(0xffffffffu, threadIdx.x / 32, 0)),
-          items(a.items), reader{memory}, next(first)
+        : args(a), shared(memory), rank(block), warp(__shfl_sync(0xffffffffu, threadIdx.x / 32, 0)), reader{memory},
+          next(first)
     {
-        items.table = static_cast<const moe_item_entry *>(__cvta_shared_to_generic(shared + Shape::TABLE));
-        items.blocks = Shape::BLOCKS; // the same, known to the compiler
+    }
+
+    // Made anew where it is used, so that it takes no registers elsewhere.
+    __device__ __forceinline__ moe_items items() const
+    {
+        moe_items i = args.items;
+        i.table = static_cast<const moe_item_table *>(__cvta_shared_to_generic(shared + Shape::TABLE));
+        i.blocks = Shape::BLOCKS; // the same, known to the compiler
+        return i;
     }
 
     __device__ uint32_t full() const
@@ -337,7 +346,7 @@ template <class Shape> struct ffn_loader {
 
     // By one thread: tile m of the stage's weights, for both blocks of a pair or for this one alone.
     __device__ __forceinline__ void load_tile(const moe_item &item, const weight_source &source, int block, int m,
-                                              bool both) const
+                                              bool both, bool once) const
     {
         const uint32_t to = shared + stage.at * Shape::STAGE + m * TILE_BYTES;
         const uint32_t bytes = m == 0 ? source.bytes[0] : source.bytes[1];
@@ -347,7 +356,7 @@ template <class Shape> struct ffn_loader {
             const char *from = source.packed + m * (int64_t)TILE_BYTES * source.blocks + block * (int64_t)bytes;
             if (both) // few groups have a third tile: so as if they were read once
                 moe_bulk_load_both(to, from, bytes, full(), moe_policy_once());
-            else if (args.once)
+            else if (once)
                 moe_bulk_load(to, from, bytes, full(), moe_policy_once());
             else
                 moe_bulk_load(to, from, bytes, full());
@@ -366,24 +375,24 @@ template <class Shape> struct ffn_loader {
 
     // The stage's weights, and word of `token_bytes` to come.
     __device__ __forceinline__ void load_weights(const moe_item &item, const weight_source &source, int block,
-                                                 uint32_t token_bytes) const
+                                                 uint32_t token_bytes, bool once) const
     {
         moe_barrier_expect(full(), source.bytes[0] + source.bytes[1] + token_bytes);
         if (Shape::PAIRED && item.shared) {
-            load_tile(item, source, block, rank, true);
+            load_tile(item, source, block, rank, true, true);
         } else {
 #pragma unroll
             for (int m = 0; m < 2; m++)
-                load_tile(item, source, block, m, false);
+                load_tile(item, source, block, m, false, once);
         }
     }
 
     // Until GEMM 1's results of this tile are in memory. Once all are nobody has to look again.
     __device__ __forceinline__ void await_results(int32_t tile)
     {
-        const uint32_t tiles = items.table[items.entries].tile;
-        results_there = (uint32_t)moe_load_acquire(args.all_finished) == tiles * items.bands1;
-        while (!results_there && moe_load_acquire(args.finished + tile) < items.bands1)
+        const uint32_t tiles = items().table->tile[args.items.entries];
+        results_there = (uint32_t)moe_load_acquire(args.all_finished) == tiles * args.items.bands1;
+        while (!results_there && moe_load_acquire(args.finished + tile) < args.items.bands1)
             ;
         moe_fence_async(); // what other blocks stored comes before the tensor copies
     }
@@ -412,6 +421,7 @@ template <class Shape> struct ffn_loader {
         token_source<Shape> gather;
         const int steps = gathered ? 0 : (item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP; // of rows, by tensor copies
         bool ready = !item.gemm2 || results_there;
+        const int take_at = item.early ? max(blocks - 2 * Shape::STAGES, 0) : blocks;
 #pragma unroll 1
         for (int block = 0; block < stages; block++) {
             const bool own = warp == stage.at; // starting a copy takes a while, so that warps take turns at it
@@ -427,8 +437,9 @@ template <class Shape> struct ffn_loader {
             if (item.rows > 0) {
                 if (gathered && block == 0)
                     gather.read(args, item.row, item.rows);
-                if (warp == 0 && block == max(blocks - ahead, 0))
+                if (warp == 0 && block == take_at)
                     take();
+                const bool once = own && item.once; // known when the stage is empty
                 if (own || !Shape::ORDERED)
                     wait_empty();
                 if (!own && Shape::ORDERED)
@@ -436,7 +447,7 @@ template <class Shape> struct ffn_loader {
                 if (own && block >= blocks)
                     lend(item, block - blocks);
                 else if (own && moe_elect()) {
-                    load_weights(item, source, block, steps * MOE_ROW_STEP * ROW_BYTES);
+                    load_weights(item, source, block, steps * MOE_ROW_STEP * ROW_BYTES, once);
                     if (!gathered)
                         load_rows(item.gemm2 ? args.act : args.down, block, item.row, steps);
                 }
@@ -492,14 +503,15 @@ template <class Shape> struct ffn_loader {
     // By the first warp: finds the next item and tells all of the block.
     __device__ __forceinline__ void tell()
     {
-        const uint32_t count = moe_items_count(&items);
+        const moe_items all = items();
+        const uint32_t count = moe_items_count(&all);
         uint32_t current;
         moe_item item = {};
         for (;; take()) {
             current = Shape::PAIRED && rank > 0 ? receive() : __shfl_sync(0xffffffffu, next, 0);
             if (current >= count)
                 break;
-            item = moe_items_at(&items, (int32_t)current, rank);
+            item = moe_items_at(&all, (int32_t)current, rank);
             if (!Shape::PAIRED || item.rows > 0)
                 break;
         }
@@ -507,7 +519,9 @@ template <class Shape> struct ffn_loader {
         // only when none is left, before the wait for the stages that are lent, when few items are left, or where
         // memory is the limit and some blocks are faster than others: who takes an item early keeps it from those who
         // are free.
-        ahead = !args.once && current + 2 * gridDim.x / Shape::BLOCKS < count ? 2 * Shape::STAGES : 0;
+        uint32_t grid;
+        asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(grid)); // here, so that it takes no register elsewhere
+        item.early = !args.once && current + 2 * grid / Shape::BLOCKS < count;
         if (Shape::PAIRED && rank == 0)
             send(current);
         if (threadIdx.x == 0) {
@@ -715,31 +729,40 @@ template <typename T, class Shape> struct ffn_multiplier {
     }
 };
 
-// The table of items, by the whole block; sums [warps].
-__device__ __forceinline__ void make_table(const moe_items &items, moe_item_entry *table, int32_t *sums)
+// The table of items, by the whole block, a thread for each entry; sums [warps]. A function of its own: within the
+// kernel it would leave the loading warps so few registers that one address of a row waits for another.
+__device__ __noinline__ void make_table(const moe_items &items, moe_item_table *table, table_sums *sums)
 {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int32_t before = 0;
-    for (int i = 0; i < items.entries; i += FFN_THREADS) {
-        const int entry = i + threadIdx.x;
-        const int32_t own = entry < items.entries ? moe_items_entry_tiles(&items, entry) : 0;
-        int32_t sum = moe_scan_warp(own);
-        if (lane == 31)
-            sums[warp] = sum;
-        __syncthreads();
-        sum += before - own;
+    static_assert(MOE_ITEM_TABLE <= FFN_THREADS, "a thread for each entry");
+    const int entry = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const bool there = entry < items.entries;
+    const int32_t own = there ? moe_items_entry_tiles(&items, entry) : 0;
+    const bool is_first = there && own > moe_items_entry_groups(&items, entry);
+    const int32_t own_first = is_first ? own : 0, sum = moe_scan_warp(own), sum_first = moe_scan_warp(own_first);
+    const unsigned firsts = __ballot_sync(0xffffffffu, is_first);
+    if (lane == 31)
+        sums[warp] = {sum, __popc(firsts), sum_first};
+    __syncthreads();
+    table_sums before = {sum - own, __popc(firsts & ((1u << lane) - 1)), sum_first - own_first}, all = {};
 #pragma unroll
-        for (int w = 0; w < FFN_THREADS / 32; w++) {
-            if (w < warp)
-                sum += sums[w];
-            before += sums[w];
-        }
-        if (entry < items.entries)
-            table[entry] = {sum, items.offsets[entry << items.shift]};
-        if (threadIdx.x == 0)
-            table[items.entries] = {before, items.offsets[items.groups]};
-        __syncthreads();
+    for (int w = 0; w < FFN_THREADS / 32; w++) {
+        const table_sums of = sums[w];
+        if (w < warp)
+            before = {before.tiles + of.tiles, before.first + of.first, before.first_tiles + of.first_tiles};
+        all = {all.tiles + of.tiles, all.first + of.first, all.first_tiles + of.first_tiles};
     }
+    if (there) {
+        const int at = is_first ? before.first : all.first + entry - before.first;
+        table->tile[at] = is_first ? before.first_tiles : all.first_tiles + before.tiles - before.first_tiles;
+        table->order[at] = (uint8_t)entry;
+        table->row[entry] = items.offsets[entry << items.shift];
+    }
+    if (threadIdx.x == 0) {
+        table->tile[items.entries] = all.tiles;
+        table->row[items.entries] = items.offsets[items.groups];
+        moe_items_mixed(table, (uint32_t)all.tiles, (uint32_t)all.first_tiles);
+    }
+    __syncthreads();
 }
 
 template <typename T, class Shape>
@@ -774,8 +797,8 @@ __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_consta
     const int rank = Shape::PAIRED ? (int)moe_cluster_rank() : 0;
     // Arrives while the table is made.
     const uint32_t next = threadIdx.x == 0 && rank == 0 ? atomicAdd(args.taken, 1) : 0;
-    make_table(args.items, reinterpret_cast<moe_item_entry *>(ffn_memory + Shape::TABLE),
-               reinterpret_cast<int32_t *>(ffn_memory + Shape::SUMS));
+    make_table(args.items, reinterpret_cast<moe_item_table *>(ffn_memory + Shape::TABLE),
+               reinterpret_cast<table_sums *>(ffn_memory + Shape::SUMS));
 
     if (Shape::PAIRED)
         moe_cluster_wait(); // the other block's barriers are there
