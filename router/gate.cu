@@ -19,10 +19,10 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 //
 // The hidden dimension is cut into SLICES equal slices. A block takes up to 16 MI tokens x 8 NI experts; its warp w
 // takes slice w of them all, so that no byte enters an SM twice for a tile, and the slices' sums are added in order.
-// Operands go from memory straight to registers: a lane loads 16 bytes of row lane / 4, columns 8 (lane % 4) on of 32,
-// which is what it multiplies in two mma.m16n8k16, if the columns of a product are counted as memory has them for this
-// lane. The order does not matter to a sum of products as long as both operands agree; and neither the tile nor the
-// batch changes it, so a token gets the same bits in any batch.
+// Operands go from memory straight to registers, of large tiles by way of shared memory: a lane loads 16 bytes of row
+// lane / 4, columns 8 (lane % 4) on of 32, which is what it multiplies in two mma.m16n8k16, if the columns of a product
+// are counted as memory has them for this lane. The order does not matter to a sum of products as long as both operands
+// agree; and neither the tile nor the batch changes it, so a token gets the same bits in any batch.
 
 constexpr int SLICES = 8;
 constexpr int STEP = 32; // columns of a row that four lanes load at once
@@ -245,7 +245,8 @@ template <typename T, int MI, int NI, int AHEAD, int BLOCKS, int STAGES = 0, boo
     }
 };
 
-// All but the smallest tiles, which can be cut down. 16 loads or more in flight a thread, as far as registers go.
+// All but the smallest tiles, which can be cut down. 16 loads or more in flight a thread, as far as registers go, or
+// shared memory: 192 KB.
 template <typename T, typename F> void for_each_tile(F f)
 {
     f(tensor_tile<T, 4, 8, 1, 1, 3>());

@@ -15,7 +15,7 @@
 
 static bool comes_first(const struct moe_items *items, int32_t entry)
 {
-    return moe_items_entry_tiles(items, entry) > moe_items_entry_groups(items, entry);
+    return moe_items_is_first(items, entry, moe_items_entry_tiles(items, entry));
 }
 
 /* The table as the kernel makes it. Of entries that stand for several groups the last one may stand for fewer. */
@@ -39,7 +39,7 @@ static void fill_table(struct moe_items *items, const int32_t *offsets, struct m
     assert_int_equal(at, items->entries);
     table->tile[items->entries] = tiles;
     table->row[items->entries] = offsets[items->groups];
-    moe_items_mixed(table, (uint32_t)tiles, (uint32_t)first);
+    moe_items_finish(table, (uint32_t)tiles, (uint32_t)first);
 }
 
 /* What is known of a tile from the first item that had it. */
@@ -173,7 +173,7 @@ static void check_items_of(const int32_t *offsets, int32_t groups, int32_t nmax,
         if (blocks == 1) {
             const int32_t tiles_of[2] = {table.first, tiles - table.first};
             const int64_t ahead = (int64_t)so_far[0] * tiles_of[1] - (int64_t)so_far[1] * tiles_of[0];
-            assert_true(ahead <= 2 * (int64_t)tiles && ahead >= -2 * (int64_t)tiles);
+            assert_true(ahead >= 0 && ahead < tiles);
         }
     }
     for (size_t i = 0; i < (size_t)tiles * bands; i++)
@@ -256,13 +256,28 @@ static void sums_fit(void **state)
         assert_int_equal(last.row, INT32_MAX - last.rows);
         assert_in_range(last.rows, 1, 192);
     }
+
+    /* Of 1.4 billion items 64 belong to the first group, spread among the others'. */
+    const int32_t mixed[] = {0, 100, INT32_MAX};
+    fill_table(&items, mixed, &table);
+    assert_int_equal(moe_items_count(&items), (table.first + 1) * 128);
+    for (uint32_t i = 0; i < 64; i++) {
+        const uint32_t next = (uint32_t)(((uint64_t)(i + 1) << 32) / table.share);
+        bool found = false;
+        for (uint32_t at = next - 2; at < next + 2 && at < (uint32_t)(table.first + 1) * 64; at++) {
+            const struct moe_item item = moe_items_at(&items, (int32_t)at, 0);
+            assert_true(item.group == 1 || (!found && item.band == (int32_t)i && item.rows == 100));
+            found |= item.group == 0;
+        }
+        assert_true(found);
+    }
 }
 
 /* One long group among short ones, and the other way round. */
 static void kinds_are_mixed(void **state)
 {
     (void)state;
-    for (int32_t groups = 2; groups <= 256; groups *= 4)
+    for (int32_t groups = 2; groups <= 256; groups *= 2)
         for (int32_t odd = 0; odd < groups; odd += groups / 2)
             for (int reversed = 0; reversed < 2; reversed++) {
                 int32_t offsets[256 + 1] = {0};
@@ -270,7 +285,7 @@ static void kinds_are_mixed(void **state)
                     offsets[g + 1] = offsets[g] + ((g == odd) != (reversed == 1) ? 3000 : 20);
                 check_items(offsets, groups, 192, 6, 8);
             }
-    /* Two items of the long group, then one of a short one, and so on. */
+    /* As many items of the long group as of the short ones: in turns. */
     const int32_t offsets[] = {0, 10, 394, 404};
     struct moe_item_table table;
     struct moe_items items = moe_items_make(3, 192, 2, 1, 1);

@@ -82,6 +82,7 @@ static __device__ __forceinline__ void moe_choose_experts(const moe_gate_args &g
         }
         if (real)
             return;
+        __syncwarp(); // pairs are written again
     }
 }
 

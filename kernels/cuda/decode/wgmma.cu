@@ -198,9 +198,8 @@ struct follower {
     {
         moe_barrier_wait(shared + NOTE_FULL + note.at * 8, note.parity);
         task = *note_at();
+        moe_barrier_arrive(shared + NOTE_EMPTY + note.at * 8); // each lane for itself
         __syncwarp();
-        if (threadIdx.x % 32 == 0)
-            moe_barrier_arrive(shared + NOTE_EMPTY + note.at * 8);
         note.next(NOTES);
         return task.rows > 0;
     }
@@ -213,14 +212,17 @@ __device__ inline bool writes_plan()
     return blockIdx.x == gridDim.x - 1;
 }
 
-// By each warp, instead of moe_decode_await_plan(): the choice is complete when CHOSEN is.
+// By each warp, instead of moe_decode_await_plan(): the choice is complete when CHOSEN is. In the block that writes the
+// plan warps read each other's pairs later: there it is complete on return.
 template <int PER, typename F> __device__ __forceinline__ void choose(const follower &own, F waited)
 {
     moe_choose_experts<PER>(own.args.gate, own.choice(), writes_plan(), waited);
     __syncwarp();
     if (threadIdx.x % 32 == 0)
         moe_barrier_arrive(own.shared + CHOSEN);
-    if (!writes_plan())
+    if (writes_plan())
+        moe_named_sync(2 + MULTIPLIERS, THREADS);
+    else
         moe_grid_launch_dependents();
 }
 
@@ -759,7 +761,7 @@ __global__ void __launch_bounds__(PER > 0 ? 2 * THREADS : THREADS, 1)
         }
         for (int i = 0; i < NOTES; i++) {
             moe_barrier_init(shared + NOTE_FULL + i * 8, 1);
-            moe_barrier_init(shared + NOTE_EMPTY + i * 8, WEIGHT_LOADER + 1);
+            moe_barrier_init(shared + NOTE_EMPTY + i * 8, (WEIGHT_LOADER + 1) * 32);
         }
         for (int i = 0; i < MULTIPLIERS * MAILS; i++) {
             moe_barrier_init(shared + MAIL_FULL + i * 8, WARPGROUP / 32);

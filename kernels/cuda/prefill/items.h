@@ -35,8 +35,8 @@ enum {
 
 /* Through the table a tile's group is found, without a look at memory as long as an entry stands for one group. That is
  * so if there is room for all of them; else each entry stands for 2^shift groups, 16 of 4096, among which the offsets
- * tell. First come the entries with a group that has more than one tile, then the others. The table takes 2.3 KB,
- * whatever the groups, so that the kernel's shared memory has room for as many stages with all of them. */
+ * tell. First come the entries with more tiles than groups, then the others. The table takes 2.3 KB, whatever the
+ * groups, so that the kernel's shared memory has room for as many stages with all of them. */
 struct moe_item_table {
     int32_t tile[MOE_ITEM_TABLE + 1]; /* of all entries before it; then of all */
     int32_t row[MOE_ITEM_TABLE + 1];  /* the first of each entry, in the order of groups; then the end of all */
@@ -44,6 +44,8 @@ struct moe_item_table {
     uint32_t share;                /* of tiles that the others have, in units of 2^-32, rounded up; 0: nothing to mix */
     uint8_t order[MOE_ITEM_TABLE]; /* which one, in the order of groups, each entry is */
 };
+
+static_assert(MOE_ITEM_TABLE <= UINT8_MAX + 1, "the order has a byte for each");
 
 struct moe_items {
     const int32_t *offsets; /* [groups + 1], the plan's */
@@ -104,7 +106,7 @@ static MOE_HOST_DEVICE inline int32_t moe_items_entry_groups(const struct moe_it
     return left < 1 << items->shift ? left : 1 << items->shift;
 }
 
-/* Tiles of an entry's groups: what the table is made of. With more of them than groups it comes among the first. */
+/* Tiles of an entry's groups: what the table is made of. */
 static MOE_HOST_DEVICE inline int32_t moe_items_entry_tiles(const struct moe_items *items, int32_t entry)
 {
     const int32_t first = entry << items->shift, groups = moe_items_entry_groups(items, entry);
@@ -114,22 +116,28 @@ static MOE_HOST_DEVICE inline int32_t moe_items_entry_tiles(const struct moe_ite
     return tiles;
 }
 
-/* Completes a table of so many tiles, of which the entries that come first have `first`. */
-static MOE_HOST_DEVICE inline void moe_items_mixed(struct moe_item_table *table, uint32_t tiles, uint32_t first)
+/* Whether an entry with so many tiles is one of the first in the table. */
+static MOE_HOST_DEVICE inline bool moe_items_is_first(const struct moe_items *items, int32_t entry, int32_t tiles)
+{
+    return tiles > moe_items_entry_groups(items, entry);
+}
+
+/* Completes a table of so many tiles, of which the first entries have `first`. */
+static MOE_HOST_DEVICE inline void moe_items_finish(struct moe_item_table *table, uint32_t tiles, uint32_t first)
 {
     const uint64_t others = tiles - first;
     table->first = (int32_t)first;
     table->share = first > 0 && others > 0 ? (uint32_t)(((others << 32) + tiles - 1) / tiles) : 0;
 }
 
-/* Where item `at` of a GEMM is in the order of the table. Of the items before it those of the last entries have their
- * share, rounded down; it is one of them if with it that is one more. */
+/* Where item `at` of a GEMM is in the order of the table. Of the items before it those of the other entries have their
+ * share, rounded down; it is one of theirs if with it that is one more. */
 static MOE_HOST_DEVICE inline uint32_t moe_items_mix(const struct moe_items *items, int32_t of_tile, uint32_t at)
 {
     const uint32_t share = items->table->share;
-    const uint32_t last = (uint32_t)((uint64_t)at * share >> 32);
-    const bool is_last = (uint32_t)((uint64_t)(at + 1) * share >> 32) > last;
-    return is_last ? (uint32_t)(items->table->first * of_tile) + last : at - last;
+    const uint32_t others = (uint32_t)((uint64_t)at * share >> 32);
+    const bool is_other = (uint32_t)((uint64_t)(at + 1) * share >> 32) > others;
+    return is_other ? (uint32_t)(items->table->first * of_tile) + others : at - others;
 }
 
 /* Items of a tile; of two blocks, half of what two tiles have in common. */

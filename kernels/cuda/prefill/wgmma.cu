@@ -159,14 +159,14 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
     args.items.offsets = call->plan.plan.offsets;
     args.hidden = (int32_t)call->hidden;
     args.intermediate = (int32_t)call->intermediate;
-    args.once = reads_once(call);
+    args.memory_bound = reads_once(call);
     moe_status status = map_rows(call, call->act, call->intermediate, &args.act);
     if (status == MOE_OK)
         status = map_rows(call, call->down, call->hidden, &args.down);
     if (call->w13.layout == MOE_LAYOUT_PACKED) {
         args.w13 = (const char *)call->w13.data;
         args.w2 = (const char *)call->w2.data;
-        if (args.once) // of each of two bands
+        if (args.memory_bound) // of each of two bands
             args.guess = moe_guessed_tiles(call->tokens * call->slots, call->plan.groups) / 2;
     } else {
         if (status == MOE_OK)

@@ -61,8 +61,8 @@ struct ffn_args {
     int32_t *all_finished;         // the sum of those
     moe_items items;               // without the table
     int32_t hidden, intermediate;
-    bool once;     // weights are read by one tile, most of them
-    int32_t guess; // tiles of weights to fetch before the routing is known
+    bool memory_bound; // most groups have one tile
+    int32_t guess;     // tiles of weights to fetch before the routing is known
 };
 
 constexpr int WARPGROUP = 128;
@@ -521,7 +521,7 @@ template <class Shape> struct ffn_loader {
         // are free.
         uint32_t grid;
         asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(grid)); // here, so that it takes no register elsewhere
-        item.early = !args.once && current + 2 * grid / Shape::BLOCKS < count;
+        item.early = !args.memory_bound && current + 2 * grid / Shape::BLOCKS < count;
         if (Shape::PAIRED && rank == 0)
             send(current);
         if (threadIdx.x == 0) {
@@ -729,15 +729,15 @@ template <typename T, class Shape> struct ffn_multiplier {
     }
 };
 
-// The table of items, by the whole block, a thread for each entry; sums [warps]. A function of its own: within the
-// kernel it would leave the loading warps so few registers that one address of a row waits for another.
+// The table of items, by the whole block, a thread for each entry; sums [warps]. Within the kernel it would cost the
+// loading warps registers, so that addresses of rows waited for each other: hence a function.
 __device__ __noinline__ void make_table(const moe_items &items, moe_item_table *table, table_sums *sums)
 {
     static_assert(MOE_ITEM_TABLE <= FFN_THREADS, "a thread for each entry");
     const int entry = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const bool there = entry < items.entries;
     const int32_t own = there ? moe_items_entry_tiles(&items, entry) : 0;
-    const bool is_first = there && own > moe_items_entry_groups(&items, entry);
+    const bool is_first = there && moe_items_is_first(&items, entry, own);
     const int32_t own_first = is_first ? own : 0, sum = moe_scan_warp(own), sum_first = moe_scan_warp(own_first);
     const unsigned firsts = __ballot_sync(0xffffffffu, is_first);
     if (lane == 31)
@@ -760,7 +760,7 @@ __device__ __noinline__ void make_table(const moe_items &items, moe_item_table *
     if (threadIdx.x == 0) {
         table->tile[items.entries] = all.tiles;
         table->row[items.entries] = items.offsets[items.groups];
-        moe_items_mixed(table, (uint32_t)all.tiles, (uint32_t)all.first_tiles);
+        moe_items_finish(table, (uint32_t)all.tiles, (uint32_t)all.first_tiles);
     }
     __syncthreads();
 }
@@ -785,7 +785,7 @@ __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_consta
             moe_barrier_init(shared + Shape::NUMBER_FULL + i * 8, 1);
         moe_barrier_init_done();
     }
-    // Items begin with the first bands of the first group in use, two tiles side by side.
+    // Items begin with the first bands of the first group in use, two tiles side by side, if all groups have one tile.
     if (threadIdx.x % 32 == 0 && threadIdx.x / 32 < 2 && args.guess > 0)
         moe_fetch_guess(args.w13, args.hidden, args.intermediate, args.items.groups, blockIdx.x * 2 + threadIdx.x / 32,
                         args.guess);
