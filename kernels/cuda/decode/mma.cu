@@ -121,6 +121,14 @@ struct ring {
     uint32_t stage_bytes, stages;
 };
 
+// Lanes of a warp that say that it has read a stage. One is enough; racecheck believes each lane for itself, but below
+// 9.0 that makes a register spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int READERS = 1;
+#else
+constexpr int READERS = 32;
+#endif
+
 // A stage, and the parity of the ring's round in which it is.
 struct stage_place {
     const ring &of;
@@ -165,11 +173,10 @@ struct follower {
         return note.task();
     }
 
+    // By each lane for itself.
     __device__ __forceinline__ void done()
     {
-        __syncwarp();
-        if (moe_thread_again() % 32 == 0)
-            moe_barrier_arrive(note.empty());
+        moe_barrier_arrive(note.empty());
         note.number++;
     }
 };
@@ -394,7 +401,7 @@ template <typename T> struct multiplier : follower {
                 }
             }
             __syncwarp();
-            if (lane == 0)
+            if (lane < READERS)
                 moe_barrier_arrive(stage.empty());
             stage.next();
         }
@@ -574,11 +581,11 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 1) mma_kernel(c
     if (threadIdx.x == 0) {
         for (int i = 0; i < MAX_STAGES; i++) {
             moe_barrier_init(barrier(FULL) + i * 8, WEIGHT_LOADERS + TOKEN_LOADERS);
-            moe_barrier_init(barrier(EMPTY) + i * 8, WARPS);
+            moe_barrier_init(barrier(EMPTY) + i * 8, WARPS * READERS);
         }
         for (int i = 0; i < NOTES; i++) {
             moe_barrier_init(barrier(NOTE_FULL) + i * 8, 1);
-            moe_barrier_init(barrier(NOTE_EMPTY) + i * 8, FOLLOWERS / 32);
+            moe_barrier_init(barrier(NOTE_EMPTY) + i * 8, FOLLOWERS);
         }
         moe_barrier_init(barrier(BEGUN), 1);
     }

@@ -232,7 +232,7 @@ template <int PER, typename F> __device__ __forceinline__ void choose(const foll
 __device__ inline void write_plan(const follower &own)
 {
     const int thread = threadIdx.x - LOADERS;
-    moe_barrier_wait(own.shared + MEASURED, 0);
+    moe_named_sync(3 + MULTIPLIERS, 32 + MULTIPLIERS * WARPGROUP); // with the walker
     moe_place_chosen(own.args.gate, own.args.plan, own.choice(), thread, MULTIPLIERS * WARPGROUP);
     __threadfence();
     moe_named_sync(1 + MULTIPLIERS, MULTIPLIERS * WARPGROUP);
@@ -304,6 +304,8 @@ template <int PER> struct walker : follower {
                     if (e == experts - 1)
                         plan.offsets[experts] = row + rows;
                 });
+            if (writes)
+                moe_named_sync(3 + MULTIPLIERS, 32 + MULTIPLIERS * WARPGROUP); // with write_plan
             if (real) {
                 walk.single = true;
                 return walk.start(taken, largest);

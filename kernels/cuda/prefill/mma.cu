@@ -270,9 +270,7 @@ template <class Shape, bool GATED> __device__ void multiply(const gemm &g, const
     // This warp has read all of a stage; then it waits for the next one. There always is one: the last has the note
     // that ends all.
     auto next_stage = [&]() {
-        __syncwarp();
-        if (lane == 0)
-            moe_barrier_arrive(at.empty());
+        moe_barrier_arrive(at.empty()); // each lane for itself
         const int bytes = at.next();
         tokens += bytes;
         weights += bytes;
@@ -316,7 +314,7 @@ template <class Shape, bool GATED> __global__ void __launch_bounds__(Shape::THRE
     moe_grid_launch_dependents();
     if (threadIdx.x < Shape::STAGES) {
         moe_barrier_init(base + threadIdx.x * 8, FETCHERS + 1);
-        moe_barrier_init(base + EMPTY + threadIdx.x * 8, Shape::WARPS);
+        moe_barrier_init(base + EMPTY + threadIdx.x * 8, Shape::WARPS * 32);
     }
     __syncthreads();
     moe_grid_wait();
