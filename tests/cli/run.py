@@ -740,7 +740,7 @@ def test_bench_decode():
     tiny()
     model = ["bench", "--decode", "--model", "m", "--device", "cpu", "--reps", 1]
     out, err = moe(*model, "--tokens", 2)
-    check(re.search(r"(?m)^model routing, .*\ntokens .*\n +2  auto > cpu +[234]( +\d+\.\d){7} +\d\.\d{4}  \S", out), out)
+    check(re.search(r"(?m)^model routing, .*\ntokens .*\n +2  auto > cpu +[234]( +\d+\.\d){7} +\d+\.\d{4}  \S", out), out)
     check("32 layers that run one after the other, on 32 copies" in out and not err, out)
 
     fails(2, "--stages is not for --decode", *run, "--stages")
