@@ -35,6 +35,9 @@ constexpr int FIRST_MULTIPLIER = LOADERS / 32, WEIGHT_LOADER = FIRST_MULTIPLIER 
 constexpr int WALKER = WEIGHT_LOADER + 1, FIRST_HERALD = WALKER + 1; // a herald for each multiplying warpgroup
 constexpr int WARPS = FIRST_HERALD + MULTIPLIERS, THREADS = WARPS * 32;
 
+// Named barriers: of each multiplying warpgroup one, then three of the block that writes the plan.
+enum { OWN_PIECE = 1, PLAN_WRITTEN = OWN_PIECE + MULTIPLIERS, CHOICE_MADE, FIRST_ROWS_KNOWN };
+
 constexpr int ROW_BYTES = MOE_PACKED_ROW_BYTES, COLS = MOE_PACKED_COLS, TILE_BYTES = MOE_PACKED_TILE_BYTES;
 
 // Stages at most. The ring takes what shared memory there is; where tiles are small this is where it ends.
@@ -221,9 +224,15 @@ template <int PER, typename F> __device__ __forceinline__ void choose(const foll
     if (threadIdx.x % 32 == 0)
         moe_barrier_arrive(own.shared + CHOSEN);
     if (writes_plan())
-        moe_named_sync(2 + MULTIPLIERS, THREADS);
+        moe_named_sync(CHOICE_MADE, THREADS);
     else
         moe_grid_launch_dependents();
+}
+
+// In the block that writes the plan, by its walker, which finds the experts' first rows, and those who write them down.
+__device__ inline void await_first_rows()
+{
+    moe_named_sync(FIRST_ROWS_KNOWN, 32 + MULTIPLIERS * WARPGROUP);
 }
 
 // By the multiplying warpgroups of the block that writes the plan, once it knows the experts' first rows: nobody else
@@ -232,10 +241,10 @@ template <int PER, typename F> __device__ __forceinline__ void choose(const foll
 __device__ inline void write_plan(const follower &own)
 {
     const int thread = threadIdx.x - LOADERS;
-    moe_named_sync(3 + MULTIPLIERS, 32 + MULTIPLIERS * WARPGROUP); // with the walker
+    await_first_rows();
     moe_place_chosen(own.args.gate, own.args.plan, own.choice(), thread, MULTIPLIERS * WARPGROUP);
     __threadfence();
-    moe_named_sync(1 + MULTIPLIERS, MULTIPLIERS * WARPGROUP);
+    moe_named_sync(PLAN_WRITTEN, MULTIPLIERS * WARPGROUP);
     moe_grid_launch_dependents();
 }
 
@@ -305,7 +314,7 @@ template <int PER> struct walker : follower {
                         plan.offsets[experts] = row + rows;
                 });
             if (writes)
-                moe_named_sync(3 + MULTIPLIERS, 32 + MULTIPLIERS * WARPGROUP); // with write_plan
+                await_first_rows();
             if (real) {
                 walk.single = true;
                 return walk.start(taken, largest);
@@ -538,7 +547,7 @@ template <typename T, int MOST> struct multiplier : follower {
 
     __device__ void sync() const
     {
-        moe_named_sync(1 + half, WARPGROUP);
+        moe_named_sync(OWN_PIECE + half, WARPGROUP);
     }
 
     __device__ __forceinline__ void release(uint32_t at) const
