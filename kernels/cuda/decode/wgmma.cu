@@ -35,8 +35,8 @@ constexpr int FIRST_MULTIPLIER = LOADERS / 32, WEIGHT_LOADER = FIRST_MULTIPLIER 
 constexpr int WALKER = WEIGHT_LOADER + 1, FIRST_HERALD = WALKER + 1; // a herald for each multiplying warpgroup
 constexpr int WARPS = FIRST_HERALD + MULTIPLIERS, THREADS = WARPS * 32;
 
-// Named barriers: of each multiplying warpgroup one, then three of the block that writes the plan.
-enum { OWN_PIECE = 1, PLAN_WRITTEN = OWN_PIECE + MULTIPLIERS, CHOICE_MADE, FIRST_ROWS_KNOWN };
+// Named barriers: of each multiplying warpgroup one, then two of the block that writes the plan.
+enum { OWN_PIECE = 1, PLAN_WRITTEN = OWN_PIECE + MULTIPLIERS, CHOICE_MADE };
 
 constexpr int ROW_BYTES = MOE_PACKED_ROW_BYTES, COLS = MOE_PACKED_COLS, TILE_BYTES = MOE_PACKED_TILE_BYTES;
 
@@ -63,8 +63,8 @@ struct alignas(16) mail {
 constexpr int WEIGHTS_FULL = 0, TOKENS_FULL = WEIGHTS_FULL + MAX_STAGES * 8, EMPTY = TOKENS_FULL + MAX_STAGES * 8;
 constexpr int NOTE_FULL = EMPTY + MAX_STAGES * 8, NOTE_EMPTY = NOTE_FULL + NOTES * 8;
 constexpr int MAIL_FULL = NOTE_EMPTY + NOTES * 8, MAIL_EMPTY = MAIL_FULL + MULTIPLIERS * MAILS * 8;
-constexpr int MEASURED = MAIL_EMPTY + MULTIPLIERS * MAILS * 8, CHOSEN = MEASURED + 8;
-constexpr int NOTE = (CHOSEN + 8 + 15) / 16 * 16;
+constexpr int MEASURED = MAIL_EMPTY + MULTIPLIERS * MAILS * 8, CHOSEN = MEASURED + 8, FIRST_ROWS = CHOSEN + 8;
+constexpr int NOTE = (FIRST_ROWS + 8 + 15) / 16 * 16;
 constexpr int MAIL = NOTE + NOTES * sizeof(moe_decode_task);
 constexpr int LARGEST = MAIL + MULTIPLIERS * MAILS * sizeof(mail), ASKED = LARGEST + 4, PLACES = ASKED + 4;
 
@@ -215,24 +215,15 @@ __device__ inline bool writes_plan()
     return blockIdx.x == gridDim.x - 1;
 }
 
-// By each warp, instead of moe_decode_await_plan(): the choice is complete when CHOSEN is. In the block that writes the
-// plan warps read each other's pairs later: there it is complete on return.
+// By each warp, instead of moe_decode_await_plan(): the choice is complete when CHOSEN is.
 template <int PER, typename F> __device__ __forceinline__ void choose(const follower &own, F waited)
 {
     moe_choose_experts<PER>(own.args.gate, own.choice(), writes_plan(), waited);
     __syncwarp();
     if (threadIdx.x % 32 == 0)
         moe_barrier_arrive(own.shared + CHOSEN);
-    if (writes_plan())
-        moe_named_sync(CHOICE_MADE, THREADS);
-    else
+    if (!writes_plan())
         moe_grid_launch_dependents();
-}
-
-// In the block that writes the plan, by its walker, which finds the experts' first rows, and those who write them down.
-__device__ inline void await_first_rows()
-{
-    moe_named_sync(FIRST_ROWS_KNOWN, 32 + MULTIPLIERS * WARPGROUP);
 }
 
 // By the multiplying warpgroups of the block that writes the plan, once it knows the experts' first rows: nobody else
@@ -241,7 +232,7 @@ __device__ inline void await_first_rows()
 __device__ inline void write_plan(const follower &own)
 {
     const int thread = threadIdx.x - LOADERS;
-    await_first_rows();
+    moe_barrier_wait(own.shared + FIRST_ROWS, 0);
     moe_place_chosen(own.args.gate, own.args.plan, own.choice(), thread, MULTIPLIERS * WARPGROUP);
     __threadfence();
     moe_named_sync(PLAN_WRITTEN, MULTIPLIERS * WARPGROUP);
@@ -314,7 +305,7 @@ template <int PER> struct walker : follower {
                         plan.offsets[experts] = row + rows;
                 });
             if (writes)
-                await_first_rows();
+                moe_barrier_arrive(shared + FIRST_ROWS); // each lane for itself
             if (real) {
                 walk.single = true;
                 return walk.start(taken, largest);
@@ -780,6 +771,7 @@ __global__ void __launch_bounds__(PER > 0 ? 2 * THREADS : THREADS, 1)
         }
         moe_barrier_init(shared + MEASURED, 1);
         moe_barrier_init(shared + CHOSEN, WARPS);
+        moe_barrier_init(shared + FIRST_ROWS, 32);
         *reinterpret_cast<int32_t *>(decode_memory + ASKED) = 0;
         moe_barrier_init_done();
     }
@@ -803,8 +795,11 @@ __global__ void __launch_bounds__(PER > 0 ? 2 * THREADS : THREADS, 1)
         moe_decode_await_plan();
     else
         choose<PER>(follower(args, shared), [] {});
-    if (PER > 0 && writes_plan() && warp >= FIRST_MULTIPLIER && warp < WEIGHT_LOADER)
-        write_plan(follower(args, shared));
+    if (PER > 0 && writes_plan()) { // whose writers read the pairs of all warps, the walker's after its first rows
+        moe_named_sync(CHOICE_MADE, THREADS - 32);
+        if (warp >= FIRST_MULTIPLIER && warp < WEIGHT_LOADER)
+            write_plan(follower(args, shared));
+    }
     if (warp < FIRST_MULTIPLIER)
         token_loader<MOST, (PER > 0)>(args, shared).run();
     else if (warp < WEIGHT_LOADER)
