@@ -46,10 +46,13 @@ struct moe_call {
     const struct moe_exec *exec;
     void *stream;
     struct moe_error *error;
-    unsigned stages; /* that this call runs (runtime/internal.h); 0: each step by itself, whatever came before */
-    bool ffn_routes; /* the FFN's step does what topk and plan do, whose steps have nothing to do then */
-    int32_t max_sms; /* 0: all */
-    int32_t config;  /* of the path (its configurations are numbered from 1); 0: the path chooses */
+    unsigned stages;  /* that this call runs (runtime/internal.h); 0: each step by itself, whatever came before */
+    bool ffn_routes;  /* the FFN's step does what topk and plan do, whose steps have nothing to do then */
+    bool down_passed; /* of such a call: down is all zeros before the FFN's step, which stores no pair of elements that
+                         is
+                         (-0 instead), and combine takes each as soon as it is there; input and output are of dtype */
+    int32_t max_sms;  /* 0: all */
+    int32_t config;   /* of the path (its configurations are numbered from 1); 0: the path chooses */
 
     int64_t tokens, hidden, intermediate; /* T, H, I */
     int32_t slots;                        /* S */
@@ -91,7 +94,7 @@ typedef moe_status (*moe_step_fn)(const struct moe_call *call);
  * combine     output[t] = sum over slots s with slot_row[t][s] >= 0, in slot order, of row_weight * down[row], in fp32,
  *             rounded once; zero for a token without rows
  *
- * combine alone writes output, when nothing reads x any more.
+ * combine alone writes output, a token's row when nothing reads that token's row of x any more.
  */
 
 /* kernels/ref: plain C. gate_up, act and down are fp32 there, so that only input and output round. */

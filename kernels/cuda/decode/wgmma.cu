@@ -649,9 +649,9 @@ template <typename T, int MOST> struct multiplier : follower {
     // ---- Results: turned to rows of tokens in shared memory, stored in chunks of 16 bytes ----
 
     // A warpgroup's piece has a row of 128 bytes for each token, chunk c of row r at place c ^ (r % 8); `chunks` of
-    // them are in use, the first of which belongs to column `column` of `columns`. `passed`: the row is passed as well,
-    // with pairs of +0 as -0, which changes no sum.
-    template <int CHUNKS>
+    // them are in use, the first of which belongs to column `column` of `columns`. PASSED: all rows are passed; else
+    // `passed`: the row is passed as well, beside where it belongs.
+    template <int CHUNKS, bool PASSED = false>
     __device__ __forceinline__ void store(const moe_decode_task &task, void *to, int columns, int64_t column,
                                           bool passed = false)
     {
@@ -666,14 +666,22 @@ template <typename T, int MOST> struct multiplier : follower {
             if (c >= columns)
                 continue;
             const int64_t place = (int64_t)(task.row + r) * columns + c;
-            if (passed) {
-                const uint4 v = *at;
-                const auto seen = [](uint32_t pair) { return pair != 0 ? pair : 0x80008000u; };
-                moe_store_relaxed(reinterpret_cast<uint4 *>((T *)args.decode.passed + place),
-                                  make_uint4(seen(v.x), seen(v.y), seen(v.z), seen(v.w)));
+            if constexpr (PASSED) {
+                pass(to, place, *at);
+            } else {
+                if (passed)
+                    pass(args.decode.passed, place, *at);
+                *reinterpret_cast<uint4 *>((T *)to + place) = *at;
             }
-            *reinterpret_cast<uint4 *>((T *)to + place) = *at;
         }
+    }
+
+    // Eight elements for who looks for them where zeros were: with pairs of +0 as -0, which changes no sum.
+    __device__ __forceinline__ static void pass(void *to, int64_t place, const uint4 &v)
+    {
+        const auto seen = [](uint32_t pair) { return pair != 0 ? pair : 0x80008000u; };
+        moe_store_relaxed(reinterpret_cast<uint4 *>((T *)to + place),
+                          make_uint4(seen(v.x), seen(v.y), seen(v.z), seen(v.w)));
     }
 
     // Of each pair of eights of rows one is gate, one up.
@@ -709,7 +717,8 @@ template <typename T, int MOST> struct multiplier : follower {
             moe_stmatrix_trans(to + row * ROW_BYTES + (((warp * 2 + lane / 8 % 2) ^ (row & 7)) << 4),
                                moe_pair(e[0], e[1], T()), moe_pair(e[2], e[3], T()));
         }
-        store<8>(task, args.decode.down, args.decode.hidden, (int64_t)task.band * MOE_PACKED_ROWS + half * 64);
+        store<8, MOST == MOE_ROUTED_TOKENS>(task, args.decode.down, args.decode.hidden,
+                                            (int64_t)task.band * MOE_PACKED_ROWS + half * 64);
     }
 
     __device__ void run()

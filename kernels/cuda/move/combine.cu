@@ -6,6 +6,8 @@
 // and every row's part of the strip is asked for before the first is added. With 8 loads of 16 bytes a lane and 32
 // warps an SM that is up to 128 KB, several times of what the memory's latency takes. Each row is read once, so what
 // has been read makes way in L2 for what GEMM 2 has written last and nobody has read yet.
+#include <type_traits>
+
 #include "kernels/cuda/common/dtype.cuh"
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/ptx.cuh"
@@ -20,13 +22,22 @@ constexpr int MAX_THREADS = 512;
 // Columns that a lane loads at once.
 template <typename T> constexpr int vec = 16 / sizeof(T);
 
+__device__ inline uint32_t least_word(const uint4 &v)
+{
+    return min(min(v.x, v.y), min(v.z, v.w));
+}
+
 // A strip is PARTS parts of 32 lanes * vec columns; SLOTS slots are loaded at once. Not ALIGNED: element by element.
 // `planned`: slot_row and row_weight may be read at once (kernels.h), if past the SM's caches, since the kernel ahead
 // may have written them; and each warp waits before it reads down. Those
 // without a strip do not wait; the grid still ends after the kernel ahead, for the warp of the first strip does. While
 // there is time a warp also adds up a round of slots that are not there: its instructions, which nobody has run lately,
 // are in the SM's caches then.
-template <typename From, typename To, int SLOTS, int PARTS, bool ALIGNED>
+//
+// PASSED, if planned: a warp does not wait for the kernel ahead but looks for what that stores, where zeros were, until
+// all of it is there (down_passed in kernels.h), which saves most of a microsecond. The wait comes at the end: whoever
+// waits for this kernel finds the one ahead at its end as well.
+template <typename From, typename To, int SLOTS, int PARTS, bool ALIGNED, bool PASSED>
 __global__ void __launch_bounds__(MAX_THREADS)
     combine_kernel(const From *down, const int32_t *slot_row, const float *row_weight, int64_t tokens, int slots,
                    int hidden, To *output, bool planned)
@@ -59,17 +70,30 @@ __global__ void __launch_bounds__(MAX_THREADS)
             for (int s = 0; s < SLOTS; s++)
                 row[s] = __shfl_sync(ALL_LANES, own, s);
             if (!waited && s0 >= 0) {
-                moe_grid_wait();
+                if constexpr (!PASSED)
+                    moe_grid_wait();
                 waited = true;
             }
-            uint4 loaded[SLOTS][PARTS];
+            uint4 loaded[SLOTS][PARTS] = {};
+            uint32_t least;
+            do {
+                least = 1;
 #pragma unroll
-            for (int s = 0; s < SLOTS; s++)
+                for (int s = 0; s < SLOTS; s++)
 #pragma unroll
-                for (int p = 0; p < PARTS; p++)
-                    loaded[s][p] = ALIGNED && row[s] >= 0 && h + p * 32 * VEC < hidden
-                                       ? moe_load_once(strip + row[s] * row_bytes + p * 32 * sizeof(uint4), once)
-                                       : uint4();
+                    for (int p = 0; p < PARTS; p++)
+                        if (ALIGNED && row[s] >= 0 && h + p * 32 * VEC < hidden) {
+                            const char *const at = strip + row[s] * row_bytes + p * 32 * sizeof(uint4);
+                            loaded[s][p] = PASSED ? moe_load_relaxed((const uint4 *)at) : moe_load_once(at, once);
+                        }
+                if constexpr (PASSED)
+#pragma unroll
+                    for (int s = 0; s < SLOTS; s++)
+#pragma unroll
+                        for (int p = 0; p < PARTS; p++)
+                            if (row[s] >= 0 && h + p * 32 * VEC < hidden)
+                                least = min(least, least_word(loaded[s][p]));
+            } while (PASSED && __any_sync(ALL_LANES, least == 0));
 #pragma unroll
             for (int s = 0; s < SLOTS; s++) {
                 const float weight = __shfl_sync(ALL_LANES, own_weight, s);
@@ -98,6 +122,8 @@ __global__ void __launch_bounds__(MAX_THREADS)
                 }
         }
     }
+    if constexpr (PASSED)
+        moe_grid_wait();
 }
 
 // Shared memory that a block asks for without using it, so that no SM takes more blocks than are needed to have all of
@@ -113,7 +139,7 @@ size_t spreading_bytes(const struct moe_exec *exec, int64_t blocks)
     return ((exec->shared_bytes + RESERVED) / (on_each + 1) / UNIT + 1) * UNIT - RESERVED;
 }
 
-template <typename From, typename To, int SLOTS, int PARTS, bool ALIGNED>
+template <typename From, typename To, int SLOTS, int PARTS, bool ALIGNED, bool PASSED>
 void launch(const struct moe_call *call, bool planned)
 {
     const struct moe_plan *plan = &call->plan.plan;
@@ -122,13 +148,25 @@ void launch(const struct moe_call *call, bool planned)
     const int threads = call->max_sms > 0 ? MAX_THREADS : 64;
     const int64_t blocks = moe_ceil_div(call->tokens * strips, threads / 32);
     const bool early = call->exec->compute_capability == 90;
-    const auto kernel = combine_kernel<From, To, SLOTS, PARTS, ALIGNED>;
+    const auto kernel = combine_kernel<From, To, SLOTS, PARTS, ALIGNED, PASSED>;
     const size_t shared = planned && early && call->max_sms == 0 ? spreading_bytes(call->exec, blocks) : 0;
     if (shared > 48 * 1024)
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     moe_launch(kernel, moe_grid(blocks, call->max_sms, call->exec->sms, 256), threads, shared, call->stream, early,
                (const From *)call->down, plan->slot_row, plan->row_weight, call->tokens, call->slots, (int)call->hidden,
                (To *)call->output, planned);
+}
+
+template <typename From, typename To, bool PASSED> void launch_aligned(const struct moe_call *call, bool planned)
+{
+    if (call->slots <= 2)
+        launch<From, To, 2, 4, true, PASSED>(call, planned);
+    else if (call->slots <= 4)
+        launch<From, To, 4, 2, true, PASSED>(call, planned);
+    else if (PASSED || call->slots <= 8) // who looks again needs the registers
+        launch<From, To, 8, 1, true, PASSED>(call, planned);
+    else
+        launch<From, To, 16, 1, true, false>(call, planned);
 }
 
 moe_status combine(const struct moe_call *call, bool planned)
@@ -142,15 +180,14 @@ moe_status combine(const struct moe_call *call, bool planned)
             typedef decltype(from) From;
             typedef decltype(to) To;
             if (!aligned)
-                launch<From, To, 1, 1, false>(call, planned);
-            else if (call->slots <= 2)
-                launch<From, To, 2, 4, true>(call, planned);
-            else if (call->slots <= 4)
-                launch<From, To, 4, 2, true>(call, planned);
-            else if (call->slots <= 8)
-                launch<From, To, 8, 1, true>(call, planned);
+                launch<From, To, 1, 1, false, false>(call, planned);
+            else if constexpr (std::is_same<From, To>::value && sizeof(From) == 2)
+                if (call->down_passed)
+                    launch_aligned<From, To, true>(call, planned);
+                else
+                    launch_aligned<From, To, false>(call, planned);
             else
-                launch<From, To, 16, 1, true>(call, planned);
+                launch_aligned<From, To, false>(call, planned);
         });
     });
     return moe_launched(call->error, "combine");
