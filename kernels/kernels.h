@@ -48,9 +48,8 @@ struct moe_call {
     struct moe_error *error;
     unsigned stages;  /* that this call runs (runtime/internal.h); 0: each step by itself, whatever came before */
     bool ffn_routes;  /* the FFN's step does what topk and plan do, whose steps have nothing to do then */
-    bool down_passed; /* of such a call: down is all zeros before the FFN's step, which stores no pair of elements that
-                         is
-                         (-0 instead), and combine takes each as soon as it is there; input and output are of dtype */
+    bool down_passed; /* then, with input and output of dtype: down is zeros before the FFN's step, which stores -0 for
+                         0 where a pair of elements would be zeros, and combine takes each when it is there */
     int32_t max_sms;  /* 0: all */
     int32_t config;   /* of the path (its configurations are numbered from 1); 0: the path chooses */
 

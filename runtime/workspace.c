@@ -61,8 +61,9 @@ size_t moe_workspace_carve(struct moe_call *call, const struct moe_path_info *pa
         take_if(&arena, path->needs & MOE_NEED_GATE_UP, rows * 2 * intermediate, path->gate_up_dtype, call->dtype);
     call->act = take_if(&arena, path->needs & MOE_NEED_ACT, rows * intermediate, path->act_dtype, call->dtype);
     call->down_dtype = path->down_dtype != MOE_DTYPE_NONE ? path->down_dtype : call->dtype;
-    const size_t down_begin = arena.used;
+    const size_t before_down = arena.used;
     call->down = take_if(&arena, path->needs & MOE_NEED_DOWN, rows * hidden, call->down_dtype, call->dtype);
+    const size_t down_bytes = arena.used - before_down;
     /* Without a conversion to make, the input itself is x. Otherwise there is room in output, which nothing writes
      * before combine; a call without output ends before down is used, which every path has. */
     if (!converts)
@@ -71,7 +72,6 @@ size_t moe_workspace_carve(struct moe_call *call, const struct moe_path_info *pa
         call->x = call->output != NULL ? call->output : call->down;
 
     call->scratch_bytes = path->scratch != NULL ? path->scratch(call) : 0;
-    const size_t down_bytes = arena.used - down_begin;
     call->scratch = take(&arena, call->scratch_bytes, 1);
     const size_t zeroed = path->zeroed != NULL ? path->zeroed(call) : 0;
     call->ffn_routes = call->stages == MOE_STAGES_ALL && path->routes != NULL && path->routes(call);

@@ -313,9 +313,9 @@ static void chooses_by_formula(void **state)
         assert_string_equal(decode, "wgmma");
     }
     expect_reason(&layer, MOE_PATH_AUTO, 10, "decode, configuration %s: 2.5 rows an expert on average", decode);
-    expect_reason(&layer, MOE_PATH_AUTO, 48, "decode, configuration %s: 12 rows an expert on average", decode);
-    expect_reason(&layer, MOE_PATH_AUTO, 49, "prefill, configuration %s: 12 rows an expert on average",
-                  formula_name(&layer, MOE_PATH_PREFILL, 49));
+    expect_reason(&layer, MOE_PATH_AUTO, 80, "decode, configuration %s: 20 rows an expert on average", decode);
+    expect_reason(&layer, MOE_PATH_AUTO, 81, "prefill, configuration %s: 20 rows an expert on average",
+                  formula_name(&layer, MOE_PATH_PREFILL, 81));
     expect_reason(&layer, MOE_PATH_AUTO, 8192, "prefill, configuration %s: 2048 rows an expert on average", many);
     expect_reason(&layer, MOE_PATH_PREFILL, 10,
                   "prefill, configuration %s: asked for by name; 2.5 rows an expert on average", few);
@@ -336,8 +336,8 @@ static void chooses_by_formula(void **state)
     moe_layer wide = make_layer(MOE_F16, 40, 24, MOE_LAYOUT_ROW_MAJOR);
     wide.desc.num_experts = 129;
     wide.desc.top_k = 7;
-    for (int64_t tokens = 218; tokens <= 225; tokens++)
-        expect_path_at(&wide, tokens, tokens <= 221 ? MOE_PATH_DECODE : MOE_PATH_PREFILL); /* 221.1 */
+    for (int64_t tokens = 365; tokens <= 372; tokens++)
+        expect_path_at(&wide, tokens, tokens <= 368 ? MOE_PATH_DECODE : MOE_PATH_PREFILL); /* 368.6 */
 }
 
 /* Entries for layers of 40 x 24, 8 experts, top 2, bf16, in both layouts. %s: names of configurations. */
@@ -506,8 +506,8 @@ static void workspace_for_every_count(void **state)
         moe_layer layer = make_layer(MOE_BF16, shapes[i].hidden, shapes[i].intermediate, MOE_LAYOUT_PACKED);
         layer.desc.num_experts = shapes[i].experts;
         layer.desc.top_k = shapes[i].top_k;
-        const int64_t last = 12 * (int64_t)shapes[i].experts / shapes[i].top_k; /* of decode */
-        const int64_t most[] = {0,   1,   7,   8,   9,   47,  48,   49,       127,
+        const int64_t last = 20 * (int64_t)shapes[i].experts / shapes[i].top_k; /* of decode */
+        const int64_t most[] = {0,   1,   7,   8,   9,   79,  80,   81,       127,
                                 128, 129, 191, 192, 193, 400, last, last + 1, last + 30};
         for (size_t k = 0; k < sizeof most / sizeof *most; k++)
             for (size_t p = 0; p < sizeof wanted / sizeof *wanted; p++)
@@ -521,9 +521,9 @@ static void workspace_for_every_count(void **state)
     const moe_layer layer = make_layer(MOE_BF16, 40, 24, MOE_LAYOUT_PACKED);
     moe_limits limits = moe_limits_init();
     size_t bytes, decode, prefill;
-    limits.max_tokens = 48;
+    limits.max_tokens = 80;
     assert_int_equal(moe_workspace_size(&layer, &limits, &decode), MOE_OK);
-    limits.max_tokens = 52;
+    limits.max_tokens = 84;
     assert_int_equal(moe_workspace_size(&layer, &limits, &bytes), MOE_OK);
     limits.path = MOE_PATH_PREFILL;
     assert_int_equal(moe_workspace_size(&layer, &limits, &prefill), MOE_OK);

@@ -6,6 +6,7 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 #include <cmocka.h>
 
@@ -115,11 +116,13 @@ static void few_need_no_more_than_many(void **state)
     }
 }
 
-/* Where decode's FFN routes by itself no plan runs: the logits' kernel sets to zero what the plan does otherwise. */
+/* Where decode's FFN routes by itself no plan runs: the logits' kernel sets to zero what the plan does otherwise. And
+ * down, for combine to look into, which lies before it, unless a conversion has put x into output. */
 static void one_kernel_sets_to_zero(void **state)
 {
     enum { WGMMA = 1, MMA };
     static const unsigned stages[] = {MOE_STAGES_ALL, MOE_STAGES_EXPERTS, MOE_STAGES_ROUTE};
+    static const moe_dtype io[] = {MOE_BF16, MOE_F16, MOE_F32};
     const struct moe_path_info *path = moe_path_info_get(MOE_PATH_DECODE);
     (void)state;
     if (moe_path_available(&gpu, MOE_PATH_DECODE, NULL, NULL, 0) != MOE_OK ||
@@ -128,19 +131,28 @@ static void one_kernel_sets_to_zero(void **state)
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const moe_layer layer = make_layer(&shapes[i], MOE_LAYOUT_PACKED);
         for (int64_t tokens = 1; tokens <= 32; tokens++)
-            for (size_t s = 0; s < sizeof stages / sizeof *stages; s++)
+            for (size_t n = 0; n < 3 * sizeof stages / sizeof *stages; n++)
                 for (int config = 0; config <= MMA; config++) {
                     struct moe_call call;
-                    moe_call_shape(&call, &layer, tokens, shapes[i].top_k, MOE_BF16);
-                    call.stages = stages[s];
+                    moe_call_shape(&call, &layer, tokens, shapes[i].top_k, io[n % 3]);
+                    call.stages = stages[n / 3];
                     call.config = config;
-                    moe_workspace_carve(&call, path, NULL);
-                    const bool routes = stages[s] == MOE_STAGES_ALL && config != MMA && tokens <= 16 &&
+                    void *workspace = aligned_alloc(MOE_WORKSPACE_ALIGNMENT, moe_workspace_carve(&call, path, NULL));
+                    assert_non_null(workspace);
+                    moe_workspace_carve(&call, path, workspace);
+                    const bool routes = stages[n / 3] == MOE_STAGES_ALL && config != MMA && tokens <= 16 &&
                                         shapes[i].experts <= 256 && shapes[i].top_k <= 32;
+                    const size_t zeroed = path->zeroed(&call);
+                    const char *end = (const char *)call.scratch + zeroed;
                     assert_int_equal(call.ffn_routes, routes);
-                    assert_int_equal(call.gate.zeroed_bytes, routes ? path->zeroed(&call) : 0);
-                    assert_int_equal(call.plan.zeroed_bytes, routes ? 0 : path->zeroed(&call));
-                    assert_true(path->zeroed(&call) > 0);
+                    assert_int_equal(call.down_passed, routes && io[n % 3] == MOE_BF16);
+                    assert_ptr_equal(call.gate.zeroed, call.down_passed ? call.down : call.scratch);
+                    assert_int_equal(call.gate.zeroed_bytes,
+                                     routes ? (size_t)(end - (const char *)call.gate.zeroed) : 0);
+                    assert_ptr_equal(call.plan.zeroed, call.scratch);
+                    assert_int_equal(call.plan.zeroed_bytes, routes ? 0 : zeroed);
+                    assert_true(zeroed > 0);
+                    free(workspace);
                 }
     }
 }

@@ -29,14 +29,14 @@ __device__ inline uint32_t least_word(const uint4 &v)
 
 // A strip is PARTS parts of 32 lanes * vec columns; SLOTS slots are loaded at once. Not ALIGNED: element by element.
 // `planned`: slot_row and row_weight may be read at once (kernels.h), if past the SM's caches, since the kernel ahead
-// may have written them; and each warp waits before it reads down. Those
-// without a strip do not wait; the grid still ends after the kernel ahead, for the warp of the first strip does. While
-// there is time a warp also adds up a round of slots that are not there: its instructions, which nobody has run lately,
-// are in the SM's caches then.
+// may have written them; and each warp waits before it reads down. Those without a strip do not wait; the grid still
+// ends after the kernel ahead, for the warp of the first strip does. While there is time a warp also adds up a round of
+// slots that are not there: its instructions, which nobody has run lately, are in the SM's caches then.
 //
 // PASSED, if planned: a warp does not wait for the kernel ahead but looks for what that stores, where zeros were, until
-// all of it is there (down_passed in kernels.h), which saves most of a microsecond. The wait comes at the end: whoever
-// waits for this kernel finds the one ahead at its end as well.
+// all of it is there (down_passed in kernels.h), which saves up to half a microsecond. The wait comes at the end:
+// whoever waits for this kernel finds the one ahead at its end as well. What it looks for will come: when this kernel
+// starts every block of the one ahead is running, and none of them before the zeros were there.
 template <typename From, typename To, int SLOTS, int PARTS, bool ALIGNED, bool PASSED>
 __global__ void __launch_bounds__(MAX_THREADS)
     combine_kernel(const From *down, const int32_t *slot_row, const float *row_weight, int64_t tokens, int slots,
