@@ -2,7 +2,7 @@
 /*
  * The operations of the layer, one contract each. A path (runtime/paths.c) is a list of steps; a step runs one of these
  * functions on a moe_call. Every implementation of an operation reads and writes exactly what the contract says, so
- * that tests can swap one for another. (One does more where the call says so: ffn_routes.)
+ * that tests can swap one for another. (Two do otherwise where the call says so: ffn_routes, down_passed.)
  *
  * Notation: T tokens, H hidden, I intermediate, G groups (= experts here), S slots, R rows in the plan (known only on
  * the device, R <= T * S). Sums are in fp32 or better; "rounds" is round to nearest even.
@@ -48,8 +48,9 @@ struct moe_call {
     struct moe_error *error;
     unsigned stages;  /* that this call runs (runtime/internal.h); 0: each step by itself, whatever came before */
     bool ffn_routes;  /* the FFN's step does what topk and plan do, whose steps have nothing to do then */
-    bool down_passed; /* then, with input and output of dtype: down is zeros before the FFN's step, which stores -0 for
-                         0 where a pair of elements would be zeros, and combine takes each when it is there */
+    bool down_passed; /* of calls with ffn_routes, on all SMs and with io_dtype the same as dtype: down is zeros before
+                         the FFN's step, and combine takes each result when it is there, without a wait for the step.
+                         (Where it routes the step stores a pair of +0 as -0.) */
     int32_t max_sms;  /* 0: all */
     int32_t config;   /* of the path (its configurations are numbered from 1); 0: the path chooses */
 
@@ -93,7 +94,8 @@ typedef moe_status (*moe_step_fn)(const struct moe_call *call);
  * combine     output[t] = sum over slots s with slot_row[t][s] >= 0, in slot order, of row_weight * down[row], in fp32,
  *             rounded once; zero for a token without rows
  *
- * combine alone writes output, a token's row when nothing reads that token's row of x any more.
+ * combine alone writes output, when nothing reads x any more; with down_passed a token's row when nothing reads its row
+ * of x any more.
  */
 
 /* kernels/ref: plain C. gate_up, act and down are fp32 there, so that only input and output round. */

@@ -36,7 +36,7 @@ struct moe_gate_args {
     float *logits;    /* [T, E] */
     int32_t *ids;     /* [T, K], by falling logit, ties to the lowest id; NaN counts as the largest */
     float *weights;   /* [T, K] */
-    void *zeroed;     /* as in moe_plan_args: memory that moe_logits_cuda sets to zero, where no plan does */
+    void *zeroed; /* as in moe_plan_args: memory of later steps that moe_logits_cuda sets to zero, where no plan does */
     size_t zeroed_bytes;
 };
 

@@ -75,8 +75,9 @@ size_t moe_workspace_carve(struct moe_call *call, const struct moe_path_info *pa
     call->scratch = take(&arena, call->scratch_bytes, 1);
     const size_t zeroed = path->zeroed != NULL ? path->zeroed(call) : 0;
     call->ffn_routes = call->stages == MOE_STAGES_ALL && path->routes != NULL && path->routes(call);
-    /* Not where x lies in output: combine writes that while others' x is still read. */
-    call->down_passed = call->ffn_routes && !converts;
+    /* Not where x lies in output: combine writes that while others' x is still read. And not beside SMs that are
+     * somebody else's, on which combine would keep looking. */
+    call->down_passed = call->ffn_routes && !converts && call->max_sms == 0;
     call->gate.zeroed = call->down_passed ? call->down : call->scratch; /* which follows down */
     call->gate.zeroed_bytes = call->ffn_routes ? (call->down_passed ? down_bytes : 0) + zeroed : 0;
     call->plan.zeroed = call->scratch;

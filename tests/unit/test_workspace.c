@@ -116,11 +116,41 @@ static void few_need_no_more_than_many(void **state)
     }
 }
 
+enum { WGMMA = 1, MMA }; /* decode's configurations */
+
+static void check_zeroed(const moe_layer *layer, int64_t tokens, unsigned stages, moe_dtype io_dtype, int config,
+                         int32_t max_sms)
+{
+    const struct moe_path_info *path = moe_path_info_get(MOE_PATH_DECODE);
+    const moe_layer_desc *desc = &layer->desc;
+    struct moe_call call;
+
+    moe_call_shape(&call, layer, tokens, desc->top_k, io_dtype);
+    call.stages = stages;
+    call.config = config;
+    call.max_sms = max_sms;
+    void *workspace = aligned_alloc(MOE_WORKSPACE_ALIGNMENT, moe_workspace_carve(&call, path, NULL));
+    assert_non_null(workspace);
+    moe_workspace_carve(&call, path, workspace);
+    const bool routes =
+        stages == MOE_STAGES_ALL && config != MMA && tokens <= 16 && desc->num_experts <= 256 && desc->top_k <= 32;
+    const size_t zeroed = path->zeroed(&call);
+    const char *end = (const char *)call.scratch + zeroed;
+    assert_int_equal(call.ffn_routes, routes);
+    assert_int_equal(call.down_passed, routes && io_dtype == MOE_BF16 && max_sms == 0);
+    assert_ptr_equal(call.gate.zeroed, call.down_passed ? call.down : call.scratch);
+    assert_int_equal(call.gate.zeroed_bytes, routes ? (size_t)(end - (const char *)call.gate.zeroed) : 0);
+    assert_ptr_equal(call.plan.zeroed, call.scratch);
+    assert_int_equal(call.plan.zeroed_bytes, routes ? 0 : zeroed);
+    assert_true(zeroed > 0);
+    free(workspace);
+}
+
 /* Where decode's FFN routes by itself no plan runs: the logits' kernel sets to zero what the plan does otherwise. And
- * down, for combine to look into, which lies before it, unless a conversion has put x into output. */
+ * down, for combine to look into, which lies before it, unless a conversion has put x into output or only some SMs may
+ * be used. */
 static void one_kernel_sets_to_zero(void **state)
 {
-    enum { WGMMA = 1, MMA };
     static const unsigned stages[] = {MOE_STAGES_ALL, MOE_STAGES_EXPERTS, MOE_STAGES_ROUTE};
     static const moe_dtype io[] = {MOE_BF16, MOE_F16, MOE_F32};
     const struct moe_path_info *path = moe_path_info_get(MOE_PATH_DECODE);
@@ -131,29 +161,11 @@ static void one_kernel_sets_to_zero(void **state)
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const moe_layer layer = make_layer(&shapes[i], MOE_LAYOUT_PACKED);
         for (int64_t tokens = 1; tokens <= 32; tokens++)
-            for (size_t n = 0; n < 3 * sizeof stages / sizeof *stages; n++)
-                for (int config = 0; config <= MMA; config++) {
-                    struct moe_call call;
-                    moe_call_shape(&call, &layer, tokens, shapes[i].top_k, io[n % 3]);
-                    call.stages = stages[n / 3];
-                    call.config = config;
-                    void *workspace = aligned_alloc(MOE_WORKSPACE_ALIGNMENT, moe_workspace_carve(&call, path, NULL));
-                    assert_non_null(workspace);
-                    moe_workspace_carve(&call, path, workspace);
-                    const bool routes = stages[n / 3] == MOE_STAGES_ALL && config != MMA && tokens <= 16 &&
-                                        shapes[i].experts <= 256 && shapes[i].top_k <= 32;
-                    const size_t zeroed = path->zeroed(&call);
-                    const char *end = (const char *)call.scratch + zeroed;
-                    assert_int_equal(call.ffn_routes, routes);
-                    assert_int_equal(call.down_passed, routes && io[n % 3] == MOE_BF16);
-                    assert_ptr_equal(call.gate.zeroed, call.down_passed ? call.down : call.scratch);
-                    assert_int_equal(call.gate.zeroed_bytes,
-                                     routes ? (size_t)(end - (const char *)call.gate.zeroed) : 0);
-                    assert_ptr_equal(call.plan.zeroed, call.scratch);
-                    assert_int_equal(call.plan.zeroed_bytes, routes ? 0 : zeroed);
-                    assert_true(zeroed > 0);
-                    free(workspace);
-                }
+            for (size_t k = 0; k < sizeof stages / sizeof *stages; k++)
+                for (size_t n = 0; n < sizeof io / sizeof *io; n++)
+                    for (int config = 0; config <= MMA; config++)
+                        for (int32_t max_sms = 0; max_sms <= 66; max_sms += 66)
+                            check_zeroed(&layer, tokens, stages[k], io[n], config, max_sms);
     }
 }
 

@@ -10,7 +10,8 @@
 
 // Waits until all kernels ahead in the stream have finished and what they wrote can be read. A kernel ahead may let
 // this one start as soon as its own blocks have, while yet earlier kernels run: so each kernel of a chain calls this
-// before it reads or writes anything that another one touches. Below 9.0 kernels never start early.
+// before it reads or writes anything that another one touches, or says why it may do so before. Below 9.0 kernels never
+// start early.
 static __device__ inline void moe_grid_wait()
 {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -676,8 +676,9 @@ template <typename T, int MOST> struct multiplier : follower {
         }
     }
 
-    // Eight elements for who looks for them where zeros were: with pairs of +0 as -0, which changes no sum.
-    __device__ __forceinline__ static void pass(void *to, int64_t place, const uint4 &v)
+    // Eight elements for who looks for them where zeros were: with pairs of +0 as -0, which changes no sum but the sign
+    // of one that is zero.
+    static __device__ __forceinline__ void pass(void *to, int64_t place, const uint4 &v)
     {
         const auto seen = [](uint32_t pair) { return pair != 0 ? pair : 0x80008000u; };
         moe_store_relaxed(reinterpret_cast<uint4 *>((T *)to + place),
