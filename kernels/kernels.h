@@ -121,7 +121,7 @@ moe_status moe_gather_cuda(const struct moe_call *call);
 moe_status moe_activation_cuda(const struct moe_call *call);
 moe_status moe_combine_cuda(const struct moe_call *call);
 /* The same behind a kernel that lets the next one start only when the plan is in memory (it has fenced what it wrote of
- * it): the plan is read at once, from L2, and only `down` is waited for. */
+ * it): the plan is read at once, from L2, and only `down` is waited for, or with down_passed looked for. */
 moe_status moe_combine_planned_cuda(const struct moe_call *call);
 
 /* kernels/cuda/simple: gemm1 reads x through row_token (no gathered copy) and applies the activation: x, plan -> act.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gate on the GPU: logits on tensor cores (with FMAs where dtypes or sizes rule those out), which also set memory
-// of a later step to zero; then the top-k of each token in one warp.
+// of later steps to zero; then the top-k of each token in one warp.
 #include <type_traits>
 
 #include "kernels/cuda/common/dtype.cuh"

@@ -89,9 +89,9 @@ moe_status moe_path_available(const moe_context *ctx, moe_path path, const moe_l
 
 /* Up to how many tokens `auto` takes decode, as rows of an expert on average. On compute capability 9.0 (an H200)
  * decode is up to 3 % faster with uniform routing, up to there and some way beyond; with skewed routing prefill is
- * faster from 13 to 28 rows on, by the shape, and by 10 % at twice that. Where few experts get all the tokens prefill
- * has too few items for all SMs, and decode takes up to 30 % less time. Elsewhere, not measured, decode multiplies
- * small tiles where prefill pads them. `moe tune` knows better than both. */
+ * faster from 13 to 28 rows on, by the shape, and by 2 to 10 % at twice that. Where few experts get all the tokens
+ * prefill has too few items for all SMs, and decode takes up to 30 % less time. Elsewhere, not measured, decode
+ * multiplies small tiles where prefill pads them. `moe tune` knows better than both. */
 static int64_t decode_most(const moe_layer *layer)
 {
     enum { ROWS_WGMMA = 20, ROWS_MMA = 48 };

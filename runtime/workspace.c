@@ -78,8 +78,9 @@ size_t moe_workspace_carve(struct moe_call *call, const struct moe_path_info *pa
     /* Not where x lies in output: combine writes that while others' x is still read. And not beside SMs that are
      * somebody else's, on which combine would keep looking. */
     call->down_passed = call->ffn_routes && !converts && call->max_sms == 0;
-    call->gate.zeroed = call->down_passed ? call->down : call->scratch; /* which follows down */
-    call->gate.zeroed_bytes = call->ffn_routes ? (call->down_passed ? down_bytes : 0) + zeroed : 0;
+    const size_t passed = call->down_passed ? down_bytes : 0; /* down lies right before scratch */
+    call->gate.zeroed = call->down_passed ? call->down : call->scratch;
+    call->gate.zeroed_bytes = call->ffn_routes ? passed + zeroed : 0;
     call->plan.zeroed = call->scratch;
     call->plan.zeroed_bytes = call->ffn_routes ? 0 : zeroed;
     return arena.used;

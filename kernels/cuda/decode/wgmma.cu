@@ -648,7 +648,7 @@ template <typename T, int MOST> struct multiplier : follower {
 
     // ---- Results: turned to rows of tokens in shared memory, stored in chunks of 16 bytes ----
 
-    // A warpgroup's piece has a row of 128 bytes for each token, chunk c of row r at place c ^ (r % 8); `chunks` of
+    // A warpgroup's piece has a row of 128 bytes for each token, chunk c of row r at place c ^ (r % 8); CHUNKS of
     // them are in use, the first of which belongs to column `column` of `columns`. PASSED: all rows are passed; else
     // `passed`: the row is passed as well, beside where it belongs.
     template <int CHUNKS, bool PASSED = false>
@@ -805,7 +805,7 @@ __global__ void __launch_bounds__(PER > 0 ? 2 * THREADS : THREADS, 1)
         moe_decode_await_plan();
     else
         choose<PER>(follower(args, shared), [] {});
-    if (PER > 0 && writes_plan()) { // whose writers read the pairs of all warps, the walker's after its first rows
+    if (PER > 0 && writes_plan()) { // all but the walker, of which those who write hear with the first rows
         moe_named_sync(CHOICE_MADE, THREADS - 32);
         if (warp >= FIRST_MULTIPLIER && warp < WEIGHT_LOADER)
             write_plan(follower(args, shared));
