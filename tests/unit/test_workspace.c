@@ -97,7 +97,7 @@ static void size_is_what_batches_need(void **state)
     }
 }
 
-/* On the decode path, where one token lies in memory in its own way. */
+/* On the decode path, where a few tokens lie in memory in their own way. */
 static void few_need_no_more_than_many(void **state)
 {
     (void)state;
@@ -129,9 +129,10 @@ static void check_zeroed(const moe_layer *layer, int64_t tokens, unsigned stages
     call.stages = stages;
     call.config = config;
     call.max_sms = max_sms;
-    void *workspace = aligned_alloc(MOE_WORKSPACE_ALIGNMENT, moe_workspace_carve(&call, path, NULL));
+    const size_t bytes = moe_workspace_carve(&call, path, NULL);
+    void *workspace = aligned_alloc(MOE_WORKSPACE_ALIGNMENT, bytes);
     assert_non_null(workspace);
-    moe_workspace_carve(&call, path, workspace);
+    assert_int_equal(moe_workspace_carve(&call, path, workspace), bytes);
     const bool routes =
         stages == MOE_STAGES_ALL && config != MMA && tokens <= 16 && desc->num_experts <= 256 && desc->top_k <= 32;
     const size_t zeroed = path->zeroed(&call);

@@ -54,10 +54,15 @@ void moe_decode_prepare(const struct moe_call *call, moe_decode_args *args, size
     args->taken = (int32_t *)take(sizeof(int32_t));
     args->slot_state = (int32_t *)take((uint64_t)args->workers * MOE_SLOT_PARTS * sizeof(int32_t));
     args->finished = (int32_t *)take(moe_max_tiles(rows, args->groups, 1 << args->most_log2) * sizeof(int32_t));
-    // No more than what two tokens need for their act: memory that is enough for many is enough for one.
-    const uint64_t act_bytes = (uint64_t)rows * call->intermediate * moe_dtype_size(call->dtype);
-    args->passed = call->tokens == 1 ? take(act_bytes) : NULL;
+    const auto act_of = [&](int64_t tokens) {
+        return aligned((uint64_t)(tokens * call->slots) * call->intermediate * moe_dtype_size(call->dtype));
+    };
+    const size_t act = act_of(call->tokens), most = 2 * act_of(MOE_PASSED_TOKENS);
+    const bool passes = call->tokens <= MOE_PASSED_TOKENS;
+    args->passed = passes ? take(act) : NULL;
     *zeroed = used;
+    if (!passes && act < most) // memory that is enough for many tokens is enough for few
+        take(most - act);
     args->sums = (float *)take(((uint64_t)args->workers * MOE_PACKED_ROWS << args->most_log2) * sizeof(float));
     *bytes = used;
 }

@@ -34,15 +34,17 @@ struct moe_decode_args {
     const int32_t *row_token; // [R]
     void *act, *down;         // [R][I], [R][H], in the layer's dtype
     const char *w13, *w2;     // packed or row-major
-    // Scratch memory, as is `taken`; all but the sums are zero at first, `passed` for one token only.
+    // Scratch memory, as is `taken`; all but the sums are zero at first.
     int32_t *finished;   // [tiles]: how much of GEMM 1 is done of each tile
     int32_t *slot_state; // [workers][MOE_SLOT_PARTS]: of the slots' sums, how far they are
-    void *passed;        // [R][I], of one token's rows; NULL: of more tokens. Beside act, for who looks for results
-                         // where zeros were
+    void *passed;        // [R][I], beside act, for who looks for results where zeros were; NULL: tokens are too many
     float *sums;         // [workers][MOE_PACKED_ROWS << most_log2]: the slots
 };
 
 constexpr int MOE_DECODE_TOKENS = 128; // of a tile at most
+
+// Up to so many `passed` is worth what it costs: the zeros, storing twice, and looking again and again.
+constexpr int MOE_PASSED_TOKENS = 4;
 
 // A slot's sums are written and read by parts of a block, each for itself. GEMM 2 uses the slots again.
 constexpr int MOE_SLOT_PARTS = 2;
@@ -81,6 +83,14 @@ static __device__ __forceinline__ void moe_decode_await_plan()
     moe_grid_launch_dependents(); // the plan is complete when the next kernel starts
 }
 
+// Takes an item, and returns its number to the warp's first lane.
+static __device__ __forceinline__ int32_t moe_decode_take(const moe_decode_args &args)
+{
+    uint32_t mine = 0;
+    moe_fetch_add_first((uint32_t *)args.taken, 1, &mine);
+    return (int32_t)mine;
+}
+
 // A block's way through its tasks, which one warp goes. Everything waits for its first steps, from the plan on: so
 // they are few instructions, and what they need is in registers by then.
 struct moe_decode_walk {
@@ -117,30 +127,22 @@ struct moe_decode_walk {
     __device__ __forceinline__ int32_t start()
     {
         const int32_t most = 1 << args.most_log2;
-        const int32_t mine = take();
+        const int32_t mine = moe_decode_take(args);
         int32_t largest = find_tiles<true>();
         single = !__any_sync(ALL_LANES, largest > most);
         if (__builtin_expect(!single, 0))
             largest = min(find_tiles<false>(), most);
-        return start(mine, largest);
+        return start(__shfl_sync(ALL_LANES, mine, 0), largest);
     }
 
     // The same with what takes time done: the first item taken, the list filled, the tiles counted and `single` known.
-    // Of `mine` that of the warp's first lane counts, of `largest` the largest of all lanes.
+    // Of `largest` the largest of all lanes counts.
     __device__ __forceinline__ int32_t start(int32_t mine, int32_t largest)
     {
         largest = __reduce_max_sync(ALL_LANES, largest);
         begin();
-        item = __shfl_sync(ALL_LANES, mine, 0);
+        item = mine;
         return largest;
-    }
-
-    // Takes an item, and returns its number to the warp's first lane.
-    __device__ __forceinline__ int32_t take()
-    {
-        uint32_t mine = 0;
-        moe_fetch_add_first((uint32_t *)args.taken, 1, &mine);
-        return (int32_t)mine;
     }
 
     __device__ __forceinline__ void begin()
@@ -228,7 +230,7 @@ struct moe_decode_walk {
                 break;
             at = 0;
             wait();
-            item = __shfl_sync(ALL_LANES, take(), 0);
+            item = __shfl_sync(ALL_LANES, moe_decode_take(args), 0);
         }
         at++;
         const int32_t tile = moe_divide(t.band, gemm.by_bands); // where a group has one

@@ -21,6 +21,7 @@
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/cuda/common/weight_map.h"
+#include "kernels/cuda/decode/first.cuh"
 #include "kernels/cuda/decode/route.cuh"
 
 namespace
@@ -57,16 +58,17 @@ struct alignas(16) mail {
     int32_t value, slots;
 };
 
-// Shared memory: barriers, notes, mails, the largest tile, the blocks asked for, the list of places, where the kernel
-// routes the choice of experts, and from the next multiple of 1024 on the finished tiles of both multiplying
-// warpgroups, then the ring.
+// Shared memory: barriers, notes, mails, the largest tile, the blocks asked for, the first item (where the kernel
+// routes), the list of places, where the kernel routes the choice of experts, and from the next multiple of 1024 on the
+// finished tiles of both multiplying warpgroups, then the ring.
 constexpr int WEIGHTS_FULL = 0, TOKENS_FULL = WEIGHTS_FULL + MAX_STAGES * 8, EMPTY = TOKENS_FULL + MAX_STAGES * 8;
 constexpr int NOTE_FULL = EMPTY + MAX_STAGES * 8, NOTE_EMPTY = NOTE_FULL + NOTES * 8;
 constexpr int MAIL_FULL = NOTE_EMPTY + NOTES * 8, MAIL_EMPTY = MAIL_FULL + MULTIPLIERS * MAILS * 8;
 constexpr int MEASURED = MAIL_EMPTY + MULTIPLIERS * MAILS * 8, CHOSEN = MEASURED + 8, FIRST_ROWS = CHOSEN + 8;
 constexpr int NOTE = (FIRST_ROWS + 8 + 15) / 16 * 16;
 constexpr int MAIL = NOTE + NOTES * sizeof(moe_decode_task);
-constexpr int LARGEST = MAIL + MULTIPLIERS * MAILS * sizeof(mail), ASKED = LARGEST + 4, PLACES = ASKED + 4;
+constexpr int LARGEST = MAIL + MULTIPLIERS * MAILS * sizeof(mail), ASKED = LARGEST + 4, FIRST_ITEM = ASKED + 4;
+constexpr int PLACES = (FIRST_ITEM + 4 + 7) / 8 * 8;
 
 // Widths of tiles, in tokens: 8, or a multiple of 16. A stage's tokens are multiplied by so many.
 constexpr int WIDTHS = MOE_DECODE_TOKENS / 16 + 1;
@@ -98,7 +100,8 @@ struct wgmma_args {
     moe_gate_args gate;            // for a kernel that routes, and its plan
     moe_plan plan;
     int packed;
-    int32_t guess; // tiles of a band to fetch before the routing is known
+    int32_t guess;        // tiles of a band to fetch before the routing is known
+    int32_t fewest_tiles; // from this number on, 32 for which the first task is worked out by then
     int32_t ring_begin;
     uint8_t stages[WIDTHS]; // of a ring, for tiles of each width
 };
@@ -119,12 +122,12 @@ static_assert((227 * 1024 - ring_begin(MOE_MAX_EXPERTS, 0) - MULTIPLIERS * MOE_D
                   UNDER_WAY,
               "with fewer stages a barrier could be a round ahead of who looks back at it");
 
-// Whether the task's tile has its results passed from GEMM 1 to GEMM 2 without anybody who says that they are there.
-// They are stored where zeros were and are never zero themselves, so who needs them looks for them. That saves
-// microseconds, which is much for one token.
-__device__ __forceinline__ bool is_passed(const moe_decode_args &args, const moe_decode_task &task)
+// Whether results are passed from GEMM 1 to GEMM 2 without anybody who says that they are there. They are stored where
+// zeros were and are never zero themselves, so who needs them looks for them. That saves up to a microsecond, which is
+// much for few tokens.
+__device__ __forceinline__ bool is_passed(const moe_decode_args &args)
 {
-    return args.passed != NULL && task.rows == 1;
+    return args.passed != NULL;
 }
 
 // One of the block's threads or warps on its way through notes and stages.
@@ -144,7 +147,11 @@ struct follower {
     __device__ __forceinline__ void measure()
     {
         moe_barrier_wait(shared + MEASURED, 0);
-        const int32_t largest = *reinterpret_cast<const int32_t *>(__cvta_shared_to_generic(shared + LARGEST));
+        measure(*reinterpret_cast<const int32_t *>(__cvta_shared_to_generic(shared + LARGEST)));
+    }
+
+    __device__ __forceinline__ void measure(int32_t largest)
+    {
         const uint32_t width = width_of(largest);
         piece = tokens_of(width) * ROW_BYTES;
         ring = shared + args.ring_begin + MULTIPLIERS * piece;
@@ -188,6 +195,12 @@ struct follower {
         return reinterpret_cast<int32_t *>(__cvta_shared_to_generic(shared + ASKED));
     }
 
+    // Where the kernel routes: known when the choice is.
+    __device__ int32_t *first_item() const
+    {
+        return reinterpret_cast<int32_t *>(__cvta_shared_to_generic(shared + FIRST_ITEM));
+    }
+
     __device__ moe_decode_choice choice() const
     {
         const int32_t experts = args.decode.groups;
@@ -215,15 +228,24 @@ __device__ inline bool writes_plan()
     return blockIdx.x == gridDim.x - 1;
 }
 
-// By each warp, instead of moe_decode_await_plan(): the choice is complete when CHOSEN is.
-template <int PER, typename F> __device__ __forceinline__ void choose(const follower &own, F waited)
+// By each warp, instead of moe_decode_await_plan(): when CHOSEN is complete so is the choice, and the block's first
+// item is known. One of the warps `takes` that, and has it returned in its first lane.
+template <int PER> __device__ __forceinline__ int32_t choose(const follower &own, bool takes)
 {
-    moe_choose_experts<PER>(own.args.gate, own.choice(), writes_plan(), waited);
+    int32_t item = 0;
+    moe_choose_experts<PER>(own.args.gate, own.choice(), writes_plan(), [&] {
+        if (takes)
+            item = moe_decode_take(own.args.decode);
+    });
     __syncwarp();
-    if (threadIdx.x % 32 == 0)
+    if (threadIdx.x % 32 == 0) {
+        if (takes)
+            *own.first_item() = item;
         moe_barrier_arrive(own.shared + CHOSEN);
+    }
     if (!writes_plan())
         moe_grid_launch_dependents();
+    return item;
 }
 
 // By the multiplying warpgroups of the block that writes the plan, once it knows the experts' first rows: nobody else
@@ -286,11 +308,10 @@ template <int PER> struct walker : follower {
     {
         const moe_plan &plan = args.plan;
         const int32_t experts = args.decode.groups;
-        int32_t taken = 0;
 #pragma unroll 1
         for (bool real = false;; real = true) {
             if (real) {
-                choose<PER>(*this, [&] { taken = walk.take(); });
+                choose<PER>(*this, false);
                 moe_barrier_wait(shared + CHOSEN, 0);
             }
             const bool writes = real && writes_plan();
@@ -308,7 +329,7 @@ template <int PER> struct walker : follower {
                 moe_barrier_arrive(shared + FIRST_ROWS); // each lane for itself
             if (real) {
                 walk.single = true;
-                return walk.start(taken, largest);
+                return walk.start(*first_item(), largest);
             }
         }
     }
@@ -316,7 +337,7 @@ template <int PER> struct walker : follower {
 
 // ---- Weights: a warp, of which one thread starts the copies ----
 
-struct weight_loader : follower {
+template <int PER> struct weight_loader : follower {
     using follower::follower;
     moe_ring_place oldest;  // of the stages whose weights are under way
     uint32_t under_way = 0; // how many these are
@@ -361,12 +382,46 @@ struct weight_loader : follower {
         }
     }
 
-    __device__ void run()
+    // Where the kernel routes: what it takes to load the weights of the first task, ahead of its note. False: GEMM 1
+    // has none for this block. `item`, the block's first one, is that of the warp's first lane.
+    __device__ __forceinline__ bool find_first(int32_t item, moe_decode_task &task)
+    {
+        const moe_decode_gemm &gemm = args.decode.gemm[0];
+        item = __shfl_sync(0xffffffffu, item, 0);
+        for (int32_t fewest = args.fewest_tiles;;) {
+            moe_decode_first first = moe_first_of(gemm, item, fewest + threadIdx.x % 32);
+            moe_barrier_wait(shared + CHOSEN, 0);
+            const moe_chosen_experts<PER> experts(choice(), args.decode.groups);
+            const int of = experts.count - fewest;
+            if (__builtin_expect(of < 0 || of >= 32, 0)) { // once more, with the right number
+                fewest = experts.count;
+                continue;
+            }
+            first = moe_first_from(first, of);
+            measure(experts.largest);
+            task.gemm2 = 0;
+            task.group = experts.id(first.tile);
+            task.band = first.band;
+            task.begin = first.begin;
+            task.end = first.end;
+            return first.tile >= 0;
+        }
+    }
+
+    __device__ void run(int32_t item)
     {
         moe_decode_task task;
-        measure();
-        while (next(task))
+        bool ahead = false; // of the task's note
+        if constexpr (PER > 0)
+            ahead = find_first(item, task);
+        else
+            measure();
+        while (ahead || next(task)) {
             load(task);
+            if (ahead)
+                next(task); // the same
+            ahead = false;
+        }
     }
 };
 
@@ -421,33 +476,39 @@ template <int MOST, bool ROUTES> struct token_loader : follower {
         }
     }
 
-    // The row of act that is passed, of which a block has eight chunks: a warp looks for those of four blocks at once,
-    // when the first of them is next, each lane for one.
+    // Rows of act that are passed, with eight chunks each in a block: each lane looks for one chunk, and so a warp for
+    // four rows at once, of one block or of as many as that takes, when the first of these is next.
     __device__ __forceinline__ void load_passed(const moe_decode_task &task)
     {
-        constexpr int CHUNKS = COLS / 8, OF_WARP = 32 / CHUNKS, OF_ALL = LOADERS / CHUNKS; // blocks at once
+        constexpr int CHUNKS = COLS / 8, OF_WARP = 32 / CHUNKS, OF_ALL = LOADERS / CHUNKS; // rows at once
+        static_assert(OF_ALL >= 8 && MOE_PASSED_TOKENS <= 8, "a tile has at most 8 rows then");
         const moe_decode_args &d = args.decode;
-        const int thread = threadIdx.x, chunk = thread % CHUNKS, mine = thread / CHUNKS;
-        const int row_chunks = d.intermediate / 8, first = task.begin * CHUNKS + thread;
-        const uint4 *from = (const uint4 *)d.passed + (int64_t)task.row * row_chunks + first;
-        int left = min(row_chunks, task.end * CHUNKS) - first; // chunks from this thread's on
+        const int thread = threadIdx.x, chunk = thread % CHUNKS, place = thread / CHUNKS;
+        const int log2 = 32 - __clz(task.rows - 1); // places of a block: its rows, rounded up to a power of two
+        const int row = place & ((1 << log2) - 1), mine = place >> log2, first = place / OF_WARP * OF_WARP >> log2;
+        const int blocks = OF_ALL >> log2; // at once
+        const int row_chunks = d.intermediate / 8, column = (task.begin + mine) * CHUNKS + chunk;
+        const uint4 *from = (const uint4 *)d.passed + (int64_t)(task.row + row) * row_chunks + column;
+        int left = min(row_chunks, task.end * CHUNKS) - column; // chunks from this thread's on
+        const bool used = row < task.rows;
         uint4 v = {};
 #pragma unroll 1
         for (int block = task.begin; block < task.end; block++) {
-            const int turn = (block - task.begin) % OF_ALL;
-            if (turn == mine / OF_WARP * OF_WARP) {
+            const int turn = (block - task.begin) & (blocks - 1);
+            if (turn == first) {
                 v = uint4(); // past the row's end zeros, as in the weights
-                if (left > 0) {
+                if (used && left > 0) {
                     do
                         v = moe_load_relaxed(from);
                     while (v.x == 0 || v.y == 0 || v.z == 0 || v.w == 0);
                 }
-                from += LOADERS;
-                left -= LOADERS;
+                from += blocks * CHUNKS;
+                left -= blocks * CHUNKS;
             }
             moe_barrier_wait(empty(), stage.parity ^ 1);
-            if (turn == mine)
-                *reinterpret_cast<uint4 *>(__cvta_shared_to_generic(tokens() + chunk * 16)) = v;
+            if (turn == mine && used)
+                *reinterpret_cast<uint4 *>(
+                    __cvta_shared_to_generic(tokens() + row * ROW_BYTES + ((chunk ^ (row & 7)) << 4))) = v;
             __syncwarp();
             if (thread % 32 == 0)
                 moe_barrier_arrive_as(tokens_full(), 32);
@@ -460,7 +521,7 @@ template <int MOST, bool ROUTES> struct token_loader : follower {
         moe_decode_task task;
         measure();
         while (next(task)) {
-            if (task.gemm2 && is_passed(args.decode, task))
+            if (task.gemm2 && is_passed(args.decode))
                 load_passed(task);
             else
                 load(task);
@@ -649,8 +710,8 @@ template <typename T, int MOST> struct multiplier : follower {
     // ---- Results: turned to rows of tokens in shared memory, stored in chunks of 16 bytes ----
 
     // A warpgroup's piece has a row of 128 bytes for each token, chunk c of row r at place c ^ (r % 8); CHUNKS of
-    // them are in use, the first of which belongs to column `column` of `columns`. PASSED: all rows are passed; else
-    // `passed`: the row is passed as well, beside where it belongs.
+    // them are in use, the first of which belongs to column `column` of `columns`. PASSED: they are passed; else
+    // `passed`: they are passed as well, beside where they belong.
     template <int CHUNKS, bool PASSED = false>
     __device__ __forceinline__ void store(const moe_decode_task &task, void *to, int columns, int64_t column,
                                           bool passed = false)
@@ -701,7 +762,7 @@ template <typename T, int MOST> struct multiplier : follower {
                                moe_pair(moe_silu_fast(e[0]) * e[2], moe_silu_fast(e[1]) * e[3], T()));
         }
         store<4>(task, args.decode.act, args.decode.intermediate,
-                 (int64_t)task.band * (MOE_PACKED_ROWS / 2) + half * 32, is_passed(args.decode, task));
+                 (int64_t)task.band * (MOE_PACKED_ROWS / 2) + half * 32, is_passed(args.decode));
     }
 
     __device__ __forceinline__ void finish_down(const moe_decode_task &task)
@@ -736,7 +797,7 @@ template <typename T, int MOST> struct multiplier : follower {
                 finish_down(task);
             } else {
                 finish_gated(task);
-                if (!is_passed(args.decode, task))
+                if (!is_passed(args.decode))
                     mails.send(thread, args.decode.finished + task.tile, 1, 0);
             }
         }
@@ -801,10 +862,11 @@ __global__ void __launch_bounds__(PER > 0 ? 2 * THREADS : THREADS, 1)
         walker<PER>(args, shared).run();
         return;
     }
+    int32_t item = 0;
     if constexpr (PER == 0)
         moe_decode_await_plan();
     else
-        choose<PER>(follower(args, shared), [] {});
+        item = choose<PER>(follower(args, shared), warp == WEIGHT_LOADER);
     if (PER > 0 && writes_plan()) { // all but the walker, of which those who write hear with the first rows
         moe_named_sync(CHOICE_MADE, THREADS - 32);
         if (warp >= FIRST_MULTIPLIER && warp < WEIGHT_LOADER)
@@ -815,7 +877,7 @@ __global__ void __launch_bounds__(PER > 0 ? 2 * THREADS : THREADS, 1)
     else if (warp < WEIGHT_LOADER)
         multiplier<T, MOST>(args, shared).run();
     else if (warp == WEIGHT_LOADER)
-        weight_loader(args, shared).run();
+        weight_loader<PER>(args, shared).run(item);
     else if (first_lane)
         mailbox{shared, warp - FIRST_HERALD}.run();
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
@@ -856,6 +918,18 @@ template <typename T> moe_status launch(const struct moe_call *call, wgmma_args 
                                                   : launch<T, MOE_ROUTED_TOKENS, PER_OF_MANY>(call, args);
 }
 
+// The fewest of 32 numbers of tiles, one for each expert chosen, among which the right one is: if experts are chosen
+// evenly, the number to be expected is in their middle.
+int32_t fewest_tiles(const struct moe_call *call)
+{
+    const double experts = call->gate.experts, others = 1 - call->gate.top_k / experts;
+    double unchosen = experts;
+    for (int64_t t = 0; t < call->tokens; t++)
+        unchosen *= others;
+    const int32_t low = (int32_t)(experts - unchosen) - 16;
+    return low > call->gate.top_k ? low : call->gate.top_k;
+}
+
 } // namespace
 
 bool moe_decode_wgmma_routes(const struct moe_call *call)
@@ -874,6 +948,7 @@ moe_status moe_ffn_decode_wgmma(const struct moe_call *call, const moe_decode_ar
     args.weights[0] = weights_of(call->w13.data, 2 * call->intermediate, call->hidden, args.packed);
     args.weights[1] = weights_of(call->w2.data, call->hidden, call->intermediate, args.packed);
     args.guess = args.packed && !call->ffn_routes ? moe_guessed_tiles(call->tokens * call->slots, decode.groups) : 0;
+    args.fewest_tiles = call->ffn_routes ? fewest_tiles(call) : 0;
     if (!args.packed) {
         moe_status status = moe_map_w13(call, &args.w13_rows);
         if (status == MOE_OK)
