@@ -7,12 +7,11 @@
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/packed.h"
 
-// Tiles (MOE_PACKED_TILE_BYTES) that a block asks for: on all SMs together what memory brings into L2 in that time.
-// With fewer pairs of token and slot than twice the groups it is half of that, with fewer than half the groups none.
-static inline int32_t moe_guessed_tiles(int64_t pairs, int32_t groups)
+// Tiles (MOE_PACKED_TILE_BYTES) of a band that a block asks for, `most` where most groups get tokens: with fewer pairs
+// of token and slot than twice the groups half of them, with fewer than half the groups none.
+static inline int32_t moe_guessed_tiles(int64_t pairs, int32_t groups, int32_t most)
 {
-    constexpr int TILES = 12;
-    return pairs >= 2 * (int64_t)groups ? TILES : pairs >= groups / 2 ? TILES / 2 : 0;
+    return pairs >= 2 * (int64_t)groups ? most : pairs >= groups / 2 ? most / 2 : 0;
 }
 
 // By one thread of a block: `tiles` tiles from the front of a band of packed w13. Bands are numbered through all

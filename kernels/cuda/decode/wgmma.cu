@@ -47,6 +47,9 @@ constexpr int MAX_STAGES = 12;
 // to it fill up, and it delivers up to a tenth less. Whoever is early with GEMM 1 fills the ring for GEMM 2 more
 // slowly, for that has to wait for the others.
 constexpr uint32_t UNDER_WAY = 4, UNDER_WAY_EARLY = 2;
+// Tiles asked for before the routing is known. With three times as many the routing waits longer for what it reads than
+// the weights are there sooner.
+constexpr int GUESSED_TILES = 4;
 constexpr int NOTES = 8; // tasks that the walker may be ahead of the last of the others
 constexpr int LEAD = 12; // blocks before the end of an item when the next one is taken
 constexpr int MAILS = 4; // that a herald may be behind
@@ -947,7 +950,7 @@ moe_status moe_ffn_decode_wgmma(const struct moe_call *call, const moe_decode_ar
     args.packed = call->w13.layout == MOE_LAYOUT_PACKED;
     args.weights[0] = weights_of(call->w13.data, 2 * call->intermediate, call->hidden, args.packed);
     args.weights[1] = weights_of(call->w2.data, call->hidden, call->intermediate, args.packed);
-    args.guess = args.packed && !call->ffn_routes ? moe_guessed_tiles(call->tokens * call->slots, decode.groups) : 0;
+    args.guess = args.packed ? moe_guessed_tiles(call->tokens * call->slots, decode.groups, GUESSED_TILES) : 0;
     args.fewest_tiles = call->ffn_routes ? fewest_tiles(call) : 0;
     if (!args.packed) {
         moe_status status = moe_map_w13(call, &args.w13_rows);

@@ -167,7 +167,7 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
         args.w13 = (const char *)call->w13.data;
         args.w2 = (const char *)call->w2.data;
         if (args.memory_bound) // of each of two bands
-            args.guess = moe_guessed_tiles(call->tokens * call->slots, call->plan.groups) / 2;
+            args.guess = moe_guessed_tiles(call->tokens * call->slots, call->plan.groups, 6);
     } else {
         if (status == MOE_OK)
             status = moe_map_w13(call, &args.w13_rows);
