@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights that will be used first if most experts get tokens, asked for before the routing is known: nothing else reads
+// Weights that will be used first if most experts get tokens, asked for before the routing is known: little else reads
 // memory while the routing runs.
 #ifndef MOE_KERNELS_CUDA_COMMON_GUESS_CUH
 #define MOE_KERNELS_CUDA_COMMON_GUESS_CUH
@@ -7,11 +7,11 @@
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/packed.h"
 
-// Tiles (MOE_PACKED_TILE_BYTES) of a band that a block asks for, `most` where most groups get tokens: with fewer pairs
-// of token and slot than twice the groups half of them, with fewer than half the groups none.
-static inline int32_t moe_guessed_tiles(int64_t pairs, int32_t groups, int32_t most)
+// Tiles (MOE_PACKED_TILE_BYTES) of a band that a block asks for, `all` of them where most groups get tokens: with fewer
+// pairs of token and slot than twice the groups half of them, with fewer than half the groups none.
+static inline int32_t moe_guessed_tiles(int64_t pairs, int32_t groups, int32_t all)
 {
-    return pairs >= 2 * (int64_t)groups ? most : pairs >= groups / 2 ? most / 2 : 0;
+    return pairs >= 2 * (int64_t)groups ? all : pairs >= groups / 2 ? all / 2 : 0;
 }
 
 // By one thread of a block: `tiles` tiles from the front of a band of packed w13. Bands are numbered through all

@@ -137,11 +137,11 @@ struct moe_decode_walk {
 
     // The same with what takes time done: the first item taken, the list filled, the tiles counted and `single` known.
     // Of `largest` the largest of all lanes counts.
-    __device__ __forceinline__ int32_t start(int32_t mine, int32_t largest)
+    __device__ __forceinline__ int32_t start(int32_t first_item, int32_t largest)
     {
         largest = __reduce_max_sync(ALL_LANES, largest);
         begin();
-        item = mine;
+        item = first_item;
         return largest;
     }
 

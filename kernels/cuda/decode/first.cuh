@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The first weights that a block asks for, found by the warp that loads them, where the kernel routes. From the choice
-// of experts to a task that all parts of the block can work by (decode.cuh) it is a microsecond, of which these weights
-// need little: so they are on their way meanwhile.
+// of experts to the note of the first task (decode.cuh), from which all parts of the block take what they need, is a
+// microsecond. Where that task's weights are is known sooner, most of it before the choice: so their copies begin then.
 #ifndef MOE_KERNELS_CUDA_DECODE_FIRST_CUH
 #define MOE_KERNELS_CUDA_DECODE_FIRST_CUH
 
@@ -15,8 +15,8 @@ struct moe_decode_first {
     int32_t begin, end; // blocks of K
 };
 
-// If there are so many tiles. Each lane does it for itself: so a warp does it for 32 numbers of tiles at once, as long
-// as it is not known which is right.
+// That of `item` if there are so many tiles. Each lane works it out for itself, so a warp does it for 32 numbers of
+// tiles at once, as long as it is not known which is right.
 static __device__ __forceinline__ moe_decode_first moe_first_of(const moe_decode_gemm &gemm, int32_t item,
                                                                 int32_t tiles)
 {
@@ -38,6 +38,7 @@ static __device__ __forceinline__ moe_decode_first moe_first_from(const moe_deco
 
 // The experts chosen, as a warp sees them, with PER neighbouring ones a lane.
 template <int PER> struct moe_chosen_experts {
+    static_assert(PER % 4 == 0, "a lane reads four words at once");
     static constexpr unsigned ALL_LANES = 0xffffffffu;
     uint32_t mine = 0;         // a bit for each of this lane's that is chosen
     int32_t before, count = 0; // how many are in the lanes before, and in all

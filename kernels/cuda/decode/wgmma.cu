@@ -147,6 +147,7 @@ struct follower {
     }
 
     // The ring's measures follow from the largest tile, which the walker has found before it looks for the first task.
+    // Where the kernel routes the loader of weights does not wait for that: it counts the same tokens itself.
     __device__ __forceinline__ void measure()
     {
         moe_barrier_wait(shared + MEASURED, 0);
@@ -385,8 +386,8 @@ template <int PER> struct weight_loader : follower {
         }
     }
 
-    // Where the kernel routes: what it takes to load the weights of the first task, ahead of its note. False: GEMM 1
-    // has none for this block. `item`, the block's first one, is that of the warp's first lane.
+    // Where the kernel routes: of the first task, ahead of its note, what load() needs, and no more. False: GEMM 1 has
+    // no task for this block. `item`, the block's first one, is that of the warp's first lane.
     __device__ __forceinline__ bool find_first(int32_t item, moe_decode_task &task)
     {
         const moe_decode_gemm &gemm = args.decode.gemm[0];
@@ -422,7 +423,7 @@ template <int PER> struct weight_loader : follower {
         while (ahead || next(task)) {
             load(task);
             if (ahead)
-                next(task); // the same
+                next(task); // it tells the same, and its place is free again
             ahead = false;
         }
     }
@@ -479,8 +480,8 @@ template <int MOST, bool ROUTES> struct token_loader : follower {
         }
     }
 
-    // Rows of act that are passed, with eight chunks each in a block: each lane looks for one chunk, and so a warp for
-    // four rows at once, of one block or of as many as that takes, when the first of these is next.
+    // Rows of act that are passed, with eight chunks each in a block: each lane looks for one chunk, so a warp for four
+    // rows at once, of one block or, if the tile has fewer, of several, when the first of these is next.
     __device__ __forceinline__ void load_passed(const moe_decode_task &task)
     {
         constexpr int CHUNKS = COLS / 8, OF_WARP = 32 / CHUNKS, OF_ALL = LOADERS / CHUNKS; // rows at once

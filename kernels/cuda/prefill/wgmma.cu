@@ -66,6 +66,10 @@ bool reads_once(const struct moe_call *call)
     return call->tokens * call->slots <= (int64_t)choices[TILE_192 - 1].nmax * call->plan.groups;
 }
 
+// Tiles asked for before the routing is known, of each of a block's two bands: on all SMs together what memory brings
+// into L2 in that time.
+constexpr int GUESSED_TILES = 6;
+
 // ---- Scratch memory: the items' counter and that of all results, in parts of their own, then the tiles' ----
 
 constexpr size_t COUNTER_BYTES = 256;
@@ -166,8 +170,8 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
     if (call->w13.layout == MOE_LAYOUT_PACKED) {
         args.w13 = (const char *)call->w13.data;
         args.w2 = (const char *)call->w2.data;
-        if (args.memory_bound) // of each of two bands
-            args.guess = moe_guessed_tiles(call->tokens * call->slots, call->plan.groups, 6);
+        if (args.memory_bound)
+            args.guess = moe_guessed_tiles(call->tokens * call->slots, call->plan.groups, GUESSED_TILES);
     } else {
         if (status == MOE_OK)
             status = moe_map_w13(call, &args.w13_rows);
