@@ -66,9 +66,9 @@ bool reads_once(const struct moe_call *call)
     return call->tokens * call->slots <= (int64_t)choices[TILE_192 - 1].nmax * call->plan.groups;
 }
 
-// Tiles asked for before the routing is known, of each of a block's two bands: on all SMs together what memory brings
-// into L2 in that time.
-constexpr int GUESSED_TILES = 6;
+// Tiles asked for before the routing is known, of each of a block's two bands. With more of them the routing waits
+// longer for what it reads than the weights are there sooner.
+constexpr int GUESSED_TILES = 2;
 
 // ---- Scratch memory: the items' counter and that of all results, in parts of their own, then the tiles' ----
 
