@@ -80,7 +80,8 @@ static struct batches make_batches(const struct case_model *model, bool routed, 
         char *record = b.host + (size_t)i * b.bytes;
         uint64_t seed = 1000 + (uint64_t)i;
         case_fill(record, s->dtype, tokens * s->hidden, case_random(&seed), i % 16 == 5 ? 0 : 1.7); /* some all zero */
-        for (int64_t t = 1; i % 16 == 9 && t < tokens; t++) /* some the same throughout: the fewest experts */
+        /* Some are the same token throughout: a gate chooses the fewest experts. */
+        for (int64_t t = 1; i % 16 == 9 && t < tokens; t++)
             memcpy(record + (size_t)t * x_bytes / tokens, record, x_bytes / tokens);
         if (routed)
             draw_routing(&b, i, &seed, (int32_t *)(record + b.ids_at), (float *)(record + b.weights_at));

@@ -46,16 +46,16 @@ static uint64_t bound(const struct shape *s, int64_t tokens)
     return bytes + bytes / 10 + 8000000;
 }
 
-static uint64_t need_on(moe_path path, const moe_layer *layer, int64_t tokens, moe_dtype io_dtype)
+static uint64_t need_on(moe_path path, const moe_layer *layer, int64_t tokens, int32_t slots, moe_dtype io_dtype)
 {
     struct moe_call call;
-    moe_call_shape(&call, layer, tokens, layer->desc.top_k, io_dtype);
+    moe_call_shape(&call, layer, tokens, slots, io_dtype);
     return moe_workspace_carve(&call, moe_path_info_get(path), NULL);
 }
 
 static uint64_t need(const moe_layer *layer, int64_t tokens, moe_dtype io_dtype)
 {
-    return need_on(MOE_PATH_PREFILL, layer, tokens, io_dtype);
+    return need_on(MOE_PATH_PREFILL, layer, tokens, layer->desc.top_k, io_dtype);
 }
 
 static void prefill_stays_within_bound(void **state)
@@ -105,13 +105,17 @@ static void few_need_no_more_than_many(void **state)
         skip();
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const moe_layer layer = make_layer(&shapes[i], MOE_LAYOUT_PACKED);
+        const int32_t slots[] = {1, shapes[i].top_k, MOE_MAX_TOP_K};
         moe_limits limits = moe_limits_init();
         size_t bytes;
         limits.path = MOE_PATH_DECODE;
-        for (limits.max_tokens = 1; limits.max_tokens <= 512; limits.max_tokens++) {
-            assert_int_equal(moe_workspace_size(&layer, &limits, &bytes), MOE_OK);
-            for (int64_t tokens = 1; tokens <= limits.max_tokens; tokens = tokens * 3 / 2 + 1)
-                assert_true(need_on(MOE_PATH_DECODE, &layer, tokens, MOE_BF16) <= bytes);
+        for (size_t k = 0; k < sizeof slots / sizeof *slots; k++) {
+            limits.top_k = slots[k];
+            for (limits.max_tokens = 1; limits.max_tokens <= 512; limits.max_tokens++) {
+                assert_int_equal(moe_workspace_size(&layer, &limits, &bytes), MOE_OK);
+                for (int64_t tokens = 1; tokens <= limits.max_tokens; tokens = tokens * 3 / 2 + 1)
+                    assert_true(need_on(MOE_PATH_DECODE, &layer, tokens, slots[k], MOE_BF16) <= bytes);
+            }
         }
     }
 }
