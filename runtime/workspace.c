@@ -71,10 +71,10 @@ size_t moe_workspace_carve(struct moe_call *call, const struct moe_path_info *pa
     else if (!widens)
         call->x = call->output != NULL ? call->output : call->down;
 
+    call->ffn_routes = call->stages == MOE_STAGES_ALL && path->routes != NULL && path->routes(call);
     call->scratch_bytes = path->scratch != NULL ? path->scratch(call) : 0;
     call->scratch = take(&arena, call->scratch_bytes, 1);
     const size_t zeroed = path->zeroed != NULL ? path->zeroed(call) : 0;
-    call->ffn_routes = call->stages == MOE_STAGES_ALL && path->routes != NULL && path->routes(call);
     /* Not where x lies in output: combine writes that while others' x is still read. And not beside SMs that are
      * somebody else's, on which combine would keep looking. */
     call->down_passed = call->ffn_routes && !converts && call->max_sms == 0;

@@ -188,11 +188,10 @@ static bool check_plan(struct checker *checker, const struct test_case *c, const
 }
 
 /* Of the FFN's memory what it asks for is set to zero, by the plan or in its place by the gate, and the rest left. */
-static bool check_zeroed(struct checker *checker, const struct setup *s)
+static bool check_zeroed(struct checker *checker, const struct setup *s, size_t zeroed)
 {
     const struct region *region = &checker->arena.regions[s->scratch];
     const uint8_t *scratch = arena_host(&checker->arena, s->scratch);
-    const size_t zeroed = s->call.plan.zeroed_bytes;
 
     for (size_t i = 0; i < zeroed; i++)
         if (scratch[i] != 0) {
@@ -375,7 +374,7 @@ static void check_step(struct checker *checker, const struct test_case *c, const
     if (stages & MOE_STAGE_PLAN)
         check_plan(checker, c, s, c->ids, c->ids_dtype, c->weights);
     if ((stages & MOE_STAGE_PLAN) && !(stages & rows))
-        check_zeroed(checker, s);
+        check_zeroed(checker, s, s->call.plan.zeroed_bytes);
     if ((stages & MOE_STAGE_GATHER) && !(stages & rows))
         check_gather(checker, c, s);
     if (stages & rows)
@@ -483,11 +482,11 @@ static void run_routing(struct checker *checker, const struct test_case *c, cons
         return;
     plant(checker, c, s, stages, 0);
     if (check_arena(checker, writes(s, stages)) && check_routing(checker, c, s))
-        check_zeroed(checker, s);
+        check_zeroed(checker, s, s->call.plan.zeroed_bytes);
 }
 
 /* A whole forward up to combine where the FFN does what top-k and plan do: nobody before it touches their results, and
- * the gate sets to zero what the plan would have. */
+ * the gate sets to zero what the FFN needs so. */
 static void run_ffn_routing(struct checker *checker, const struct test_case *c, const struct moe_path_info *info,
                             struct setup *s)
 {
@@ -497,15 +496,16 @@ static void run_ffn_routing(struct checker *checker, const struct test_case *c, 
 
     call.ffn_routes = true;
     call.gate.zeroed = call.scratch;
-    call.gate.zeroed_bytes = call.plan.zeroed_bytes;
+    call.gate.zeroed_bytes = info->zeroed(&call);
     call.plan.zeroed_bytes = 0;
     checker->op = "routing in the FFN";
     if (!check_call(checker, arena_send(&checker->arena, 0xff), "copying to the device"))
         return;
     for (const struct moe_step *step = info->steps; !(step->stages & MOE_STAGE_COMBINE); step++) {
-        if ((step->stages & MOE_STAGE_GEMM1) && (!fetch(checker) || !check_arena(checker, writes(s, before)) ||
-                                                 !check_logits(checker, arena_host(&checker->arena, s->logits)) ||
-                                                 !check_zeroed(checker, s) || !send_logits(checker, c, s)))
+        if ((step->stages & MOE_STAGE_GEMM1) &&
+            (!fetch(checker) || !check_arena(checker, writes(s, before)) ||
+             !check_logits(checker, arena_host(&checker->arena, s->logits)) ||
+             !check_zeroed(checker, s, call.gate.zeroed_bytes) || !send_logits(checker, c, s)))
             return;
         if (!call_step(checker, step, &call))
             return;

@@ -315,7 +315,8 @@ static void batches_through_one_graph(void **state)
     check_batches(CASE_ODD, true, 200, 64);
 }
 
-/* Up to four tokens' results pass between the GEMMs without a word that they are there. */
+/* Up to four tokens' results pass between the GEMMs without a word that they are there. Where the FFN routes so do the
+ * partial sums of up to four rows, while those of more pass in another way. */
 static void batches_of_few_tokens(void **state)
 {
     (void)state;
@@ -324,6 +325,8 @@ static void batches_of_few_tokens(void **state)
         check_batches(CASE_ODD, true, 200, tokens);
         check_batches(CASE_ODD, false, 50, tokens);
     }
+    for (int64_t tokens = 6; tokens <= 17; tokens += 5)
+        check_batches(CASE_ODD, false, 50, tokens);
 }
 
 static void batches_through_one_gate(void **state)

@@ -5,6 +5,7 @@
 #include "kernels/cuda/common/tiles.h"
 #include "kernels/cuda/decode/decode.cuh"
 #include "kernels/cuda/decode/mma.cuh"
+#include "kernels/cuda/decode/route.cuh"
 #include "kernels/cuda/decode/wgmma.cuh"
 
 namespace
@@ -22,6 +23,15 @@ moe_decode_gemm gemm_of(int64_t rows, int64_t cols, int32_t workers, int32_t bef
 {
     const int32_t bands = (int32_t)moe_ceil_div(rows, MOE_PACKED_ROWS), blocks = (int32_t)moe_packed_blocks(cols);
     return {moe_work_gemm_make(blocks, workers, before), bands, moe_divisor_make(bands)};
+}
+
+// Whether there may be partial sums. What is cut depends on the number of tiles, which the host knows of one token.
+bool may_cut(const struct moe_call *call, const moe_decode_args *args)
+{
+    for (const moe_decode_gemm &gemm : args->gemm)
+        if (call->tokens > 1 || moe_work_make(&gemm.work, call->slots * gemm.bands).pieces > 0)
+            return true;
+    return false;
 }
 
 } // namespace
@@ -43,6 +53,14 @@ void moe_decode_prepare(const struct moe_call *call, moe_decode_args *args, size
     while (1 << args->most_log2 < MOE_DECODE_TOKENS && 1 << args->most_log2 < call->tokens)
         args->most_log2++;
     args->workers = call->max_sms > 0 && call->max_sms < call->exec->sms ? call->max_sms : call->exec->sms;
+    args->gemm[0] = gemm_of(2 * call->intermediate, call->hidden, args->workers, 0);
+    args->gemm[1] = gemm_of(call->hidden, call->intermediate, args->workers, 2); // GEMM 1 reads twice as much
+    args->passed_rows = call->ffn_routes && may_cut(call, args) ? (call->tokens <= 2 ? 2 : MOE_PASSED_ROWS) : 0;
+
+    // Few tokens' slots are small: so GEMM 2 has its own.
+    const bool few = call->tokens <= MOE_ROUTED_TOKENS;
+    args->gemm2_slots = few ? args->workers : 0;
+    const uint64_t slots = (uint64_t)args->workers * (few ? 2 : 1);
 
     char *scratch = (char *)call->scratch;
     size_t used = 0;
@@ -52,7 +70,7 @@ void moe_decode_prepare(const struct moe_call *call, moe_decode_args *args, size
         return at;
     };
     args->taken = (int32_t *)take(sizeof(int32_t));
-    args->slot_state = (int32_t *)take((uint64_t)args->workers * MOE_SLOT_PARTS * sizeof(int32_t));
+    args->slot_state = (int32_t *)take(slots * MOE_SLOT_PARTS * sizeof(int32_t));
     args->finished = (int32_t *)take(moe_max_tiles(rows, args->groups, 1 << args->most_log2) * sizeof(int32_t));
     const auto act_of = [&](int64_t tokens) {
         return aligned((uint64_t)(tokens * call->slots) * call->intermediate * moe_dtype_size(call->dtype));
@@ -60,10 +78,17 @@ void moe_decode_prepare(const struct moe_call *call, moe_decode_args *args, size
     const size_t act = act_of(call->tokens), most = 2 * act_of(MOE_PASSED_TOKENS);
     const bool passes = call->tokens <= MOE_PASSED_TOKENS;
     args->passed = passes ? take(act) : NULL;
+    const auto passed_sums = [&](int32_t rows) {
+        return aligned((uint64_t)2 * args->workers * MOE_SLOT_PARTS * 32 * (rows / 2) * sizeof(float4));
+    };
+    const size_t sums = passed_sums(args->passed_rows);
+    args->passed_sums = take(sums);
     *zeroed = used;
-    if (!passes && act < most) // memory that is enough for many tokens is enough for few
+    // Memory that is enough for many tokens is enough for few.
+    take(passed_sums(MOE_PASSED_ROWS) - sums);
+    if (!passes && act < most)
         take(most - act);
-    args->sums = (float *)take(((uint64_t)args->workers * MOE_PACKED_ROWS << args->most_log2) * sizeof(float));
+    args->sums = (float *)take((slots * MOE_PACKED_ROWS << args->most_log2) * sizeof(float));
     *bytes = used;
 }
 
@@ -135,7 +160,5 @@ moe_status moe_ffn_decode(const struct moe_call *call)
         return moe_fail(call->error, MOE_ERROR_UNSUPPORTED,
                         "path 'decode': %lld tokens in a layer of %lld x %lld are too many: split the batch",
                         (long long)call->tokens, (long long)call->hidden, (long long)call->intermediate);
-    args.gemm[0] = gemm_of(2 * call->intermediate, call->hidden, args.workers, 0);
-    args.gemm[1] = gemm_of(call->hidden, call->intermediate, args.workers, 2); // GEMM 1 reads twice as much
     return config == MMA ? moe_ffn_decode_mma(call, args) : moe_ffn_decode_wgmma(call, args);
 }

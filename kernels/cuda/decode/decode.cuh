@@ -36,22 +36,26 @@ struct moe_decode_args {
     const char *w13, *w2;     // packed or row-major
     // Scratch memory, as is `taken`; all but the sums are zero at first.
     int32_t *finished;   // [tiles]: how much of GEMM 1 is done of each tile
-    int32_t *slot_state; // [workers][MOE_SLOT_PARTS]: of the slots' sums, how far they are
+    int32_t *slot_state; // [slots][MOE_SLOT_PARTS]: of the slots' sums, how far they are
     void *passed;        // [R][I], beside act, for who looks for results where zeros were; NULL: tokens are too many
-    float *sums;         // [workers][MOE_PACKED_ROWS << most_log2]: the slots
+    void *passed_sums;   // the same for partial sums: [slots][MOE_SLOT_PARTS][32][passed_rows / 2] four of them
+    float *sums;         // [slots][MOE_PACKED_ROWS << most_log2]
+    int32_t gemm2_slots; // the first slot of GEMM 2, workers behind GEMM 1's; 0: it uses those again
+    int32_t passed_rows; // of a tile, up to which its partial sums are passed; 0: none are
 };
 
 constexpr int MOE_DECODE_TOKENS = 128; // of a tile at most
 
 // Up to so many `passed` is worth what it costs: the zeros, storing twice, and looking again and again.
 constexpr int MOE_PASSED_TOKENS = 4;
+constexpr int MOE_PASSED_ROWS = 4; // `passed_rows` at most
 
-// A slot's sums are written and read by parts of a block, each for itself. GEMM 2 uses the slots again.
+// A slot's sums are written and read by parts of a block, each for itself.
 constexpr int MOE_SLOT_PARTS = 2;
 enum { MOE_SLOT_FREE, MOE_SLOT_SUM1, MOE_SLOT_READ1, MOE_SLOT_SUM2 };
 
-// Fills args for this call, all but `gemm`. *bytes: what it takes of scratch memory; *zeroed: how much of that, from
-// the beginning, must be zero. With scratch NULL only counts.
+// Fills args for this call. *bytes: what it takes of scratch memory; *zeroed: how much of that, from the beginning,
+// must be zero. With scratch NULL only counts.
 void moe_decode_prepare(const struct moe_call *call, moe_decode_args *args, size_t *bytes, size_t *zeroed);
 
 #ifdef __CUDACC__
@@ -104,6 +108,7 @@ struct moe_decode_walk {
     int32_t tiles;
     bool single;
     int32_t first = 0, items; // the GEMM's first item, and where they end
+    int32_t first_slot = 0;   // of the GEMM
     int32_t item, at = 0;
 
     // Before moe_decode_await_plan().
@@ -222,6 +227,7 @@ struct moe_decode_walk {
                     return;
                 gemm2 = 1;
                 gemm = args.gemm[1];
+                first_slot = args.gemm2_slots;
                 first = items;
                 begin();
                 continue;
@@ -257,12 +263,12 @@ struct moe_decode_walk {
         task.begin = t.begin;
         task.end = t.end;
         task.gemm2 = gemm2;
-        task.first_slot = t.first_slot;
+        task.first_slot = first_slot + t.first_slot;
         task.slots = t.slots;
-        task.own_slot = t.own_slot;
+        task.own_slot = t.own_slot < 0 ? -1 : first_slot + t.own_slot;
         // Before GEMM 2 leaves sums where GEMM 1 did those must have been read.
         task.slot_free = MOE_SLOT_FREE;
-        if (__builtin_expect(gemm2 && t.own_slot >= 0, 0)) {
+        if (__builtin_expect(gemm2 && first_slot == 0 && t.own_slot >= 0, 0)) {
             const moe_work work1 = moe_work_make(&args.gemm[0].work, tiles * args.gemm[0].bands);
             if (moe_work_leaves(&work1, t.own_slot))
                 task.slot_free = MOE_SLOT_READ1;

@@ -185,8 +185,48 @@ template <typename T, int MOST> struct multiplier : follower {
                 d[4 * q + 3] += v.w;
             }
         }
-        if (!task.gemm2)
+        if (!task.gemm2 && args.decode.gemm2_slots == 0)
             mails.send(thread, slot_state(task.first_slot), MOE_SLOT_READ1, task.slots);
+    }
+
+    // ---- Those of a tile of few rows: passed, by the threads that have columns in use ----
+
+    // Of four neighbouring threads, which have the same weight rows, each has two columns.
+    __device__ bool passes_sums(const moe_decode_task &task) const
+    {
+        return MOST == MOE_ROUTED_TOKENS && task.rows <= args.decode.passed_rows;
+    }
+
+    __device__ uint4 *passed_sums(int slot) const
+    {
+        const int threads = args.decode.passed_rows / 2; // of four
+        return (uint4 *)args.decode.passed_sums +
+               ((slot * MOE_SLOT_PARTS + half) * (WARPGROUP / 4) + thread / 4) * threads + thread % 4;
+    }
+
+    __device__ __forceinline__ void pass_sums(const moe_decode_task &task) const
+    {
+        const auto seen = [](float v) { return __float_as_uint(v == 0.0f ? -0.0f : v); };
+        if (thread % 4 * 2 < task.rows)
+            moe_store_relaxed(passed_sums(task.own_slot), make_uint4(seen(d[0]), seen(d[1]), seen(d[2]), seen(d[3])));
+    }
+
+    __device__ __forceinline__ void add_passed_sums(const moe_decode_task &task)
+    {
+        if (thread % 4 * 2 >= task.rows)
+            return;
+#pragma unroll 1
+        for (int slot = task.first_slot; slot < task.first_slot + task.slots; slot++) {
+            const uint4 *from = passed_sums(slot);
+            uint4 v;
+            do
+                v = moe_load_relaxed(from);
+            while (v.x == 0 || v.y == 0 || v.z == 0 || v.w == 0);
+            d[0] += __uint_as_float(v.x);
+            d[1] += __uint_as_float(v.y);
+            d[2] += __uint_as_float(v.z);
+            d[3] += __uint_as_float(v.w);
+        }
     }
 
     // ---- Results: turned to rows of tokens in shared memory, stored in chunks of 16 bytes ----
@@ -271,10 +311,18 @@ template <typename T, int MOST> struct multiplier : follower {
         measure();
         while (next(task)) {
             multiply_any(task.rows, task.end - task.begin);
-            if (task.slots > 0)
-                add_sums(task);
+            const bool passes = passes_sums(task);
+            if (task.slots > 0) {
+                if (passes)
+                    add_passed_sums(task);
+                else
+                    add_sums(task);
+            }
             if (task.own_slot >= 0) {
-                leave_sums(task);
+                if (passes)
+                    pass_sums(task);
+                else
+                    leave_sums(task);
             } else if (task.gemm2) {
                 finish_down(task);
             } else {
