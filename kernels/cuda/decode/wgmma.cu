@@ -266,6 +266,13 @@ int32_t fewest_tiles(const struct moe_call *call)
     return low > call->gate.top_k ? low : call->gate.top_k;
 }
 
+// That a block has, if no two tokens choose the same expert.
+int64_t stages_of_gemm2(const struct moe_call *call, const moe_decode_args &decode)
+{
+    const moe_decode_gemm &gemm = decode.gemm[1];
+    return call->tokens * call->slots * gemm.bands * gemm.work.blocks / decode.workers;
+}
+
 } // namespace
 
 bool moe_decode_wgmma_routes(const struct moe_call *call)
@@ -285,6 +292,7 @@ moe_status moe_ffn_decode_wgmma(const struct moe_call *call, const moe_decode_ar
     args.weights[1] = weights_of(call->w2.data, call->hidden, call->intermediate, args.packed);
     args.guess = args.packed ? moe_guessed_tiles(call->tokens * call->slots, decode.groups, GUESSED_TILES) : 0;
     args.fewest_tiles = call->ffn_routes ? fewest_tiles(call) : 0;
+    args.early = stages_of_gemm2(call, decode) <= FEW_STAGES ? UNDER_WAY_EARLY : UNDER_WAY;
     if (!args.packed) {
         moe_status status = moe_map_w13(call, &args.w13_rows);
         if (status == MOE_OK)

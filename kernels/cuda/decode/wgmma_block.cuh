@@ -29,9 +29,10 @@ constexpr int ROW_BYTES = MOE_PACKED_ROW_BYTES, COLS = MOE_PACKED_COLS, TILE_BYT
 // Stages at most. The ring takes what shared memory there is; where tiles are small this is where it ends.
 constexpr int MAX_STAGES = 12;
 // Of these, whose weights may be under way at a time. 64 KB are enough to keep memory busy; with twice that the queues
-// to it fill up, and it delivers up to a tenth less. Whoever is early with GEMM 1 fills the ring for GEMM 2 more
-// slowly, for that has to wait for the others.
-constexpr uint32_t UNDER_WAY = 4, UNDER_WAY_EARLY = 2;
+// to it fill up, and it delivers up to a tenth less. Where a block has few stages of GEMM 2, whoever is early with GEMM
+// 1 fills the ring more slowly, for GEMM 2 has to wait for the others, and most of theirs is still to come.
+constexpr uint32_t UNDER_WAY = 4, UNDER_WAY_EARLY = 3;
+constexpr int64_t FEW_STAGES = 16;
 constexpr int NOTES = 8; // tasks that the walker may be ahead of the last of the others
 constexpr int LEAD = 12; // blocks before the end of an item when the next one is taken
 constexpr int MAILS = 4; // that a herald may be behind
@@ -87,6 +88,7 @@ struct wgmma_args {
     int packed;
     int32_t guess;        // tiles of a band to fetch before the routing is known
     int32_t fewest_tiles; // from this number on, 32 for which the first task is worked out by then
+    uint32_t early;       // stages under way of who is early
     int32_t ring_begin;
     uint8_t stages[WIDTHS]; // of a ring, for tiles of each width
 };

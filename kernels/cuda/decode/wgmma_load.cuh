@@ -34,7 +34,7 @@ template <int PER> struct weight_loader : follower {
             const bool is_early = task.gemm2 && early < stages;
             early += is_early;
 #pragma unroll 1
-            for (under_way++; under_way > (is_early ? UNDER_WAY_EARLY : UNDER_WAY); under_way--) {
+            for (under_way++; under_way > (is_early ? args.early : UNDER_WAY); under_way--) {
                 moe_barrier_wait(shared + WEIGHTS_FULL + oldest.at * 8, oldest.parity);
                 oldest.next(stages);
             }
