@@ -150,6 +150,9 @@ static void check_zeroed(const moe_layer *layer, int64_t tokens, unsigned stages
     call.ffn_routes = false; /* partial sums are looked for only where the FFN routes */
     const size_t otherwise = path->zeroed(&call);
     assert_true(otherwise > 0 && (routes && tokens > 1 ? zeroed > otherwise : zeroed >= otherwise));
+    call.config = MMA; /* it looks for nothing, but has the same memory */
+    assert_true(tokens <= 4 && config != MMA ? path->zeroed(&call) < otherwise : path->zeroed(&call) == otherwise);
+    assert_int_equal(moe_workspace_carve(&call, path, NULL), bytes);
     free(workspace);
 }
 

@@ -19,6 +19,11 @@ size_t aligned(uint64_t bytes)
     return (bytes + 255) / 256 * 256;
 }
 
+int32_t config_of(const struct moe_call *call)
+{
+    return call->config > 0 ? call->config : moe_decode_config(call);
+}
+
 moe_decode_gemm gemm_of(int64_t rows, int64_t cols, int32_t workers, int32_t before)
 {
     const int32_t bands = (int32_t)moe_ceil_div(rows, MOE_PACKED_ROWS), blocks = (int32_t)moe_packed_blocks(cols);
@@ -34,11 +39,53 @@ bool may_cut(const struct moe_call *call, const moe_decode_args *args)
     return false;
 }
 
+// Where things lie in scratch memory. First comes what must be zero, and what is passed only where it is. That memory
+// is there in any case: so what is enough for one configuration is for the other, and what is for many tokens is for
+// few.
+void carve(const struct moe_call *call, moe_decode_args *args, size_t *bytes, size_t *zeroed)
+{
+    char *scratch = (char *)call->scratch;
+    size_t used = 0;
+    const auto take = [&](uint64_t size) {
+        char *at = scratch != NULL ? scratch + used : NULL;
+        used += aligned(size);
+        return at;
+    };
+    const auto act_of = [&](int64_t tokens) {
+        return aligned((uint64_t)(tokens * call->slots) * call->intermediate * moe_dtype_size(call->dtype));
+    };
+    const auto passed_sums_of = [&](int32_t rows) {
+        return aligned((uint64_t)2 * args->workers * MOE_SLOT_PARTS * 32 * (rows / 2) * sizeof(float4));
+    };
+
+    // Few tokens' slots are small: so GEMM 2 has its own.
+    const bool few = call->tokens <= MOE_ROUTED_TOKENS;
+    args->gemm2_slots = few ? args->workers : 0;
+    const uint64_t slots = (uint64_t)args->workers * (few ? 2 : 1);
+
+    args->taken = (int32_t *)take(sizeof(int32_t));
+    args->slot_state = (int32_t *)take(slots * MOE_SLOT_PARTS * sizeof(int32_t));
+    args->finished = (int32_t *)take(moe_max_tiles(call->tokens * call->slots, args->groups, 1 << args->most_log2) *
+                                     sizeof(int32_t));
+    const bool fewest = call->tokens <= MOE_PASSED_TOKENS, passes = fewest && config_of(call) == WGMMA;
+    const size_t act = act_of(call->tokens), most = 2 * act_of(MOE_PASSED_TOKENS);
+    args->passed = passes ? take(act) : NULL;
+    const size_t sums = passed_sums_of(args->passed_rows);
+    args->passed_sums = take(sums);
+    *zeroed = used;
+    if (fewest && !passes)
+        take(act);
+    else if (!fewest && act < most)
+        take(most - act);
+    take(passed_sums_of(MOE_PASSED_ROWS) - sums);
+    args->sums = (float *)take((slots * MOE_PACKED_ROWS << args->most_log2) * sizeof(float));
+    *bytes = used;
+}
+
 } // namespace
 
 void moe_decode_prepare(const struct moe_call *call, moe_decode_args *args, size_t *bytes, size_t *zeroed)
 {
-    const int64_t rows = call->tokens * call->slots;
     args->x = call->x;
     args->row_token = call->plan.plan.row_token;
     args->act = call->act;
@@ -56,40 +103,7 @@ void moe_decode_prepare(const struct moe_call *call, moe_decode_args *args, size
     args->gemm[0] = gemm_of(2 * call->intermediate, call->hidden, args->workers, 0);
     args->gemm[1] = gemm_of(call->hidden, call->intermediate, args->workers, 2); // GEMM 1 reads twice as much
     args->passed_rows = call->ffn_routes && may_cut(call, args) ? (call->tokens <= 2 ? 2 : MOE_PASSED_ROWS) : 0;
-
-    // Few tokens' slots are small: so GEMM 2 has its own.
-    const bool few = call->tokens <= MOE_ROUTED_TOKENS;
-    args->gemm2_slots = few ? args->workers : 0;
-    const uint64_t slots = (uint64_t)args->workers * (few ? 2 : 1);
-
-    char *scratch = (char *)call->scratch;
-    size_t used = 0;
-    const auto take = [&](uint64_t size) {
-        char *at = scratch != NULL ? scratch + used : NULL;
-        used += aligned(size);
-        return at;
-    };
-    args->taken = (int32_t *)take(sizeof(int32_t));
-    args->slot_state = (int32_t *)take(slots * MOE_SLOT_PARTS * sizeof(int32_t));
-    args->finished = (int32_t *)take(moe_max_tiles(rows, args->groups, 1 << args->most_log2) * sizeof(int32_t));
-    const auto act_of = [&](int64_t tokens) {
-        return aligned((uint64_t)(tokens * call->slots) * call->intermediate * moe_dtype_size(call->dtype));
-    };
-    const size_t act = act_of(call->tokens), most = 2 * act_of(MOE_PASSED_TOKENS);
-    const bool passes = call->tokens <= MOE_PASSED_TOKENS;
-    args->passed = passes ? take(act) : NULL;
-    const auto passed_sums = [&](int32_t rows) {
-        return aligned((uint64_t)2 * args->workers * MOE_SLOT_PARTS * 32 * (rows / 2) * sizeof(float4));
-    };
-    const size_t sums = passed_sums(args->passed_rows);
-    args->passed_sums = take(sums);
-    *zeroed = used;
-    // Memory that is enough for many tokens is enough for few.
-    take(passed_sums(MOE_PASSED_ROWS) - sums);
-    if (!passes && act < most)
-        take(most - act);
-    args->sums = (float *)take((slots * MOE_PACKED_ROWS << args->most_log2) * sizeof(float));
-    *bytes = used;
+    carve(call, args, bytes, zeroed);
 }
 
 const char *moe_decode_config_name(int32_t config)
@@ -127,11 +141,6 @@ size_t moe_zeroed_decode(const struct moe_call *call)
     size_t bytes, zeroed;
     moe_decode_prepare(call, &args, &bytes, &zeroed);
     return zeroed;
-}
-
-static int32_t config_of(const struct moe_call *call)
-{
-    return call->config > 0 ? call->config : moe_decode_config(call);
 }
 
 bool moe_decode_routes(const struct moe_call *call)
