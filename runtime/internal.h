@@ -100,8 +100,8 @@ struct moe_path_info {
     unsigned needs;
     moe_dtype gate_up_dtype, act_dtype, down_dtype; /* MOE_DTYPE_NONE: the layer's */
     size_t (*scratch)(const struct moe_call *call); /* NULL: none; looks at shapes only */
-    size_t (*zeroed)(
-        const struct moe_call *call); /* of it, the first bytes, which are zero when the FFN runs; NULL: none */
+    /* of it, the first bytes, which are zero when the FFN runs; NULL: none. Looks at ffn_routes and config as well */
+    size_t (*zeroed)(const struct moe_call *call);
     bool (*routes)(const struct moe_call *call);    /* whether its FFN routes where all stages run; NULL: never */
     const char *(*config_name)(int32_t config);     /* from 1 until it is NULL; NULL: one way to run */
     int32_t (*config)(const struct moe_call *call); /* that a call without one gets; reads shapes, max_sms and exec */

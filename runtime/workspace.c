@@ -71,6 +71,7 @@ size_t moe_workspace_carve(struct moe_call *call, const struct moe_path_info *pa
     else if (!widens)
         call->x = call->output != NULL ? call->output : call->down;
 
+    /* First: how much the FFN needs zero depends on it. */
     call->ffn_routes = call->stages == MOE_STAGES_ALL && path->routes != NULL && path->routes(call);
     call->scratch_bytes = path->scratch != NULL ? path->scratch(call) : 0;
     call->scratch = take(&arena, call->scratch_bytes, 1);

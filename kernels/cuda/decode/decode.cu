@@ -30,7 +30,8 @@ moe_decode_gemm gemm_of(int64_t rows, int64_t cols, int32_t workers, int32_t bef
     return {moe_work_gemm_make(blocks, workers, before), bands, moe_divisor_make(bands)};
 }
 
-// Whether there may be partial sums. What is cut depends on the number of tiles, which the host knows of one token.
+// Whether there may be partial sums, where the FFN routes. What is cut depends on the number of tiles, which the host
+// knows of one token: its ids differ.
 bool may_cut(const struct moe_call *call, const moe_decode_args *args)
 {
     for (const moe_decode_gemm &gemm : args->gemm)
@@ -55,16 +56,16 @@ void carve(const struct moe_call *call, moe_decode_args *args, size_t *bytes, si
         return aligned((uint64_t)(tokens * call->slots) * call->intermediate * moe_dtype_size(call->dtype));
     };
     const auto passed_sums_of = [&](int32_t rows) {
-        return aligned((uint64_t)2 * args->workers * MOE_SLOT_PARTS * 32 * (rows / 2) * sizeof(float4));
+        return aligned((uint64_t)2 * args->workers * MOE_SLOT_PARTS * MOE_PASSING_QUADS * (rows / 2) * sizeof(float4));
     };
 
-    // Few tokens' slots are small: so GEMM 2 has its own.
+    // Few tokens' slots are small: so GEMM 2 has its own. Twice as many tokens' take as much without.
     const bool few = call->tokens <= MOE_ROUTED_TOKENS;
     args->gemm2_slots = few ? args->workers : 0;
     const uint64_t slots = (uint64_t)args->workers * (few ? 2 : 1);
 
     args->taken = (int32_t *)take(sizeof(int32_t));
-    args->slot_state = (int32_t *)take(slots * MOE_SLOT_PARTS * sizeof(int32_t));
+    args->slot_state = (int32_t *)take((uint64_t)2 * args->workers * MOE_SLOT_PARTS * sizeof(int32_t));
     args->finished = (int32_t *)take(moe_max_tiles(call->tokens * call->slots, args->groups, 1 << args->most_log2) *
                                      sizeof(int32_t));
     const bool fewest = call->tokens <= MOE_PASSED_TOKENS, passes = fewest && config_of(call) == WGMMA;

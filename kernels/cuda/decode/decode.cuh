@@ -37,9 +37,9 @@ struct moe_decode_args {
     // Scratch memory, as is `taken`; all but the sums are zero at first.
     int32_t *finished;   // [tiles]: how much of GEMM 1 is done of each tile
     int32_t *slot_state; // [slots][MOE_SLOT_PARTS]: of the slots' sums, how far they are
-    void *passed;        // [R][I], beside act, for who looks for results where zeros were; NULL: tokens are too many
-    void *passed_sums;   // the same for partial sums: [slots][MOE_SLOT_PARTS][32][passed_rows / 2] four of them
-    float *sums;         // [slots][MOE_PACKED_ROWS << most_log2]
+    void *passed;        // [R][I], beside act, for who looks for results where zeros were; NULL: nobody does
+    void *passed_sums; // the same for partial sums: [slots][MOE_SLOT_PARTS][MOE_PASSING_QUADS][passed_rows / 2] of four
+    float *sums;       // [slots][MOE_PACKED_ROWS << most_log2]
     int32_t gemm2_slots; // the first slot of GEMM 2, workers behind GEMM 1's; 0: it uses those again
     int32_t passed_rows; // of a tile, up to which its partial sums are passed; 0: none are
 };
@@ -48,9 +48,10 @@ constexpr int MOE_DECODE_TOKENS = 128; // of a tile at most
 
 // Up to so many `passed` is worth what it costs: the zeros, storing twice, and looking again and again.
 constexpr int MOE_PASSED_TOKENS = 4;
-constexpr int MOE_PASSED_ROWS = 4; // `passed_rows` at most
+constexpr int MOE_PASSED_ROWS = 4;    // `passed_rows` at most
+constexpr int MOE_PASSING_QUADS = 32; // of threads, to a part of a slot, in each of which one has two tokens' sums
 
-// A slot's sums are written and read by parts of a block, each for itself.
+// A slot's sums are written and read by parts of a block, each for itself. READ1: GEMM 2 may use the slot again.
 constexpr int MOE_SLOT_PARTS = 2;
 enum { MOE_SLOT_FREE, MOE_SLOT_SUM1, MOE_SLOT_READ1, MOE_SLOT_SUM2 };
 
@@ -69,7 +70,7 @@ struct alignas(16) moe_decode_task {
     int32_t band;       // of the group's weights
     int32_t begin, end; // blocks of K
     int32_t gemm2;
-    int32_t first_slot, slots, own_slot; // work.h
+    int32_t first_slot, slots, own_slot; // work.h, but counted from gemm2_slots on in GEMM 2
     int32_t slot_free;                   // the state in which own_slot can be written to
 };
 

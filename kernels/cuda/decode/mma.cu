@@ -476,7 +476,7 @@ template <typename T> struct multiplier : follower {
                         s[2] += v.z;
                         s[3] += v.w;
                     }
-        if (!task.gemm2)
+        if (!task.gemm2 && args.decode.gemm2_slots == 0)
             advance(task.first_slot, task.slots, MOE_SLOT_READ1 - MOE_SLOT_SUM1);
     }
 

@@ -199,13 +199,15 @@ template <typename T, int MOST> struct multiplier : follower {
 
     __device__ uint4 *passed_sums(int slot) const
     {
+        static_assert(WARPGROUP == 4 * MOE_PASSING_QUADS, "the host counts on it");
         const int threads = args.decode.passed_rows / 2; // of four
         return (uint4 *)args.decode.passed_sums +
-               ((slot * MOE_SLOT_PARTS + half) * (WARPGROUP / 4) + thread / 4) * threads + thread % 4;
+               ((slot * MOE_SLOT_PARTS + half) * MOE_PASSING_QUADS + thread / 4) * threads + thread % 4;
     }
 
     __device__ __forceinline__ void pass_sums(const moe_decode_task &task) const
     {
+        // Not by its bits, for which ptxas would have the products wait for each other.
         const auto seen = [](float v) { return __float_as_uint(v == 0.0f ? -0.0f : v); };
         if (thread % 4 * 2 < task.rows)
             moe_store_relaxed(passed_sums(task.own_slot), make_uint4(seen(d[0]), seen(d[1]), seen(d[2]), seen(d[3])));
