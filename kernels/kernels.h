@@ -145,9 +145,8 @@ moe_status moe_prefill_config_check(const struct moe_exec *exec, int32_t config,
 /* kernels/cuda/decode: the same step for few rows an expert, where reading weights is what takes time. x, plan -> act,
  * down (both dtype); or where it routes (ffn_routes) x, logits -> ids, weights, plan, act, down. Either layout; H and I
  * are multiples of 8, dtype is bf16 or f16. The first moe_zeroed_decode bytes of the scratch memory are zero (the plan
- * sees to it, or the logits' step): how many depends on ffn_routes and config, the memory does not. The rest as for
- * prefill.
- */
+ * or the logits' step sees to it; ffn_routes and config decide how many, but not on the memory). The rest as for
+ * prefill. */
 moe_status moe_ffn_decode(const struct moe_call *call);
 size_t moe_scratch_decode(const struct moe_call *call);
 size_t moe_zeroed_decode(const struct moe_call *call);

@@ -38,8 +38,8 @@ struct moe_decode_args {
     int32_t *finished;   // [tiles]: how much of GEMM 1 is done of each tile
     int32_t *slot_state; // [slots][MOE_SLOT_PARTS]: of the slots' sums, how far they are
     void *passed;        // [R][I], beside act, for who looks for results where zeros were; NULL: nobody does
-    void *passed_sums; // the same for partial sums: [slots][MOE_SLOT_PARTS][MOE_PASSING_QUADS][passed_rows / 2] of four
-    float *sums;       // [slots][MOE_PACKED_ROWS << most_log2]
+    void *passed_sums;   // partial sums likewise: [slots][MOE_SLOT_PARTS][MOE_PASSING_QUADS][passed_rows / 2][4]
+    float *sums;         // [slots][MOE_PACKED_ROWS << most_log2]
     int32_t gemm2_slots; // the first slot of GEMM 2, workers behind GEMM 1's; 0: it uses those again
     int32_t passed_rows; // of a tile, up to which its partial sums are passed; 0: none are
 };
