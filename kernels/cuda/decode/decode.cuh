@@ -34,7 +34,7 @@ struct moe_decode_args {
     const int32_t *row_token; // [R]
     void *act, *down;         // [R][I], [R][H], in the layer's dtype
     const char *w13, *w2;     // packed or row-major
-    // Scratch memory, as is `taken`; all but the sums are zero at first.
+    // Scratch memory, as is `taken`; all but `sums` is zero at first, where it is used.
     int32_t *finished;   // [tiles]: how much of GEMM 1 is done of each tile
     int32_t *slot_state; // [slots][MOE_SLOT_PARTS]: of the slots' sums, how far they are
     void *passed;        // [R][I], beside act, for who looks for results where zeros were; NULL: nobody does

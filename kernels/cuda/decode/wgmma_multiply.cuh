@@ -270,8 +270,8 @@ template <typename T, int MOST> struct multiplier : follower {
                           make_uint4(seen(v.x), seen(v.y), seen(v.z), seen(v.w)));
     }
 
-    // Of each pair of eights of rows one is gate, one up.
-    __device__ __forceinline__ void finish_gated(const moe_decode_task &task)
+    // The sums of GEMM 1, GATED, of whose rows of each pair of eights one is gate, one up; or of GEMM 2.
+    template <bool GATED> __device__ __forceinline__ void finish(const moe_decode_task &task)
     {
         const uint32_t to = ring - (MULTIPLIERS - half) * piece;
         const int lane = thread % 32, warp = thread / 32;
@@ -281,30 +281,19 @@ template <typename T, int MOST> struct multiplier : follower {
             if (q * 8 >= task.rows)
                 break;
             const float *e = d + q * 4;
-            const int row = q * 8 + lane % 8;
-            moe_stmatrix_trans(to + row * ROW_BYTES + ((warp ^ (row & 7)) << 4),
-                               moe_pair(moe_silu_fast(e[0]) * e[2], moe_silu_fast(e[1]) * e[3], T()));
+            const int row = q * 8 + lane % 8, chunk = GATED ? warp : warp * 2 + lane / 8 % 2;
+            const uint32_t at = to + row * ROW_BYTES + ((chunk ^ (row & 7)) << 4);
+            if constexpr (GATED)
+                moe_stmatrix_trans(at, moe_pair(moe_silu_fast(e[0]) * e[2], moe_silu_fast(e[1]) * e[3], T()));
+            else
+                moe_stmatrix_trans(at, moe_pair(e[0], e[1], T()), moe_pair(e[2], e[3], T()));
         }
-        store<4>(task, args.decode.act, args.decode.intermediate,
-                 (int64_t)task.band * (MOE_PACKED_ROWS / 2) + half * 32, is_passed(args.decode));
-    }
-
-    __device__ __forceinline__ void finish_down(const moe_decode_task &task)
-    {
-        const uint32_t to = ring - (MULTIPLIERS - half) * piece;
-        const int lane = thread % 32, warp = thread / 32;
-        sync(); // the last tile has left the piece
-#pragma unroll
-        for (int q = 0; q < MOST / 8; q++) {
-            if (q * 8 >= task.rows)
-                break;
-            const float *e = d + q * 4;
-            const int row = q * 8 + lane % 8;
-            moe_stmatrix_trans(to + row * ROW_BYTES + (((warp * 2 + lane / 8 % 2) ^ (row & 7)) << 4),
-                               moe_pair(e[0], e[1], T()), moe_pair(e[2], e[3], T()));
-        }
-        store<8, MOST == MOE_ROUTED_TOKENS>(task, args.decode.down, args.decode.hidden,
-                                            (int64_t)task.band * MOE_PACKED_ROWS + half * 64);
+        if constexpr (GATED)
+            store<4>(task, args.decode.act, args.decode.intermediate,
+                     (int64_t)task.band * (MOE_PACKED_ROWS / 2) + half * 32, is_passed(args.decode));
+        else
+            store<8, MOST == MOE_ROUTED_TOKENS>(task, args.decode.down, args.decode.hidden,
+                                                (int64_t)task.band * MOE_PACKED_ROWS + half * 64);
     }
 
     __device__ void run()
@@ -326,9 +315,9 @@ template <typename T, int MOST> struct multiplier : follower {
                 else
                     leave_sums(task);
             } else if (task.gemm2) {
-                finish_down(task);
+                finish<false>(task);
             } else {
-                finish_gated(task);
+                finish<true>(task);
                 if (!is_passed(args.decode))
                     mails.send(thread, args.decode.finished + task.tile, 1, 0);
             }
