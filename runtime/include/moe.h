@@ -323,8 +323,9 @@ static inline moe_load_options moe_load_options_init(void)
 MOE_API moe_status moe_layer_load(moe_checkpoint *checkpoint, int32_t index, const moe_load_options *options,
                                   moe_layer **layer);
 
-/* The caller's own weights, on the context's device, 16-byte aligned, unchanged until the layer is destroyed. w13 and
- * w2 are these matrices in row-major order, or what a packed layer holds in their place. */
+/* The caller's own weights, on the context's device, 16-byte aligned, complete when the layer is created and unchanged
+ * until it is destroyed: a forward may read them before what is ahead of it in its stream has ended. w13 and w2 are
+ * these matrices in row-major order, or what a packed layer holds in their place. */
 typedef struct moe_layer_weights {
     size_t size;
     const void *gate; /* [num_experts, hidden_size], gate_dtype; NULL if only moe_experts_forward is used */

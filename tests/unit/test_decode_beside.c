@@ -73,7 +73,7 @@ static void check_batch(const struct batch *batch, int layout, int32_t config, i
     const bool at_once = max_sms == 0 && !batch->routed && batch->tokens > ROUTED_ALONE;
     struct case_run runs[RUNS];
     for (int i = 0; i < RUNS; i++) {
-        runs[i] = case_run_make(&case_models[CASE_EVEN], layout, MOE_PATH_DECODE, config, max_sms, batch->routed,
+        runs[i] = case_run_make(&case_models[CASE_ODD], layout, MOE_PATH_DECODE, config, max_sms, batch->routed,
                                 batch->tokens, 600 + (uint64_t)i, case_streams[i]);
         case_run_compare(&runs[i], found, 0);
     }

@@ -168,7 +168,8 @@ static void check_sizes(void)
 }
 
 /* By cutting, all end as much earlier as in whole bands workers are idle on average. Only where that is more than an
- * exchange of partial sums takes is anything cut, and no more than the last full round with what is left over. */
+ * exchange of partial sums takes is anything cut, and no more than the last full round with what is left over: just
+ * this if the pieces were too long with that round, and are not too short without. */
 static void check_cut(void)
 {
     const int64_t rounds = ((int64_t)work->bands + workers - 1) / workers;
@@ -180,8 +181,11 @@ static void check_cut(void)
     }
     CHECK(work->pieces > 0 && work->pieces <= workers);
     CHECK(work->whole >= 0 && work->whole < work->bands && work->whole % workers == 0);
-    CHECK(work->bands - work->whole < 2 * workers);
-    CHECK(work->whole == 0 || work->bands - work->whole > workers);
+    const int32_t over = work->bands % workers, cut = work->bands - work->whole;
+    const double short_piece = (double)over * work->blocks / workers, long_piece = short_piece + work->blocks;
+    const bool over_only = long_piece > MOE_WORK_LONG && short_piece >= MOE_WORK_SHORT;
+    CHECK(cut == over || cut == workers + over);
+    CHECK(work->bands < workers || (cut == over) == over_only);
 }
 
 /* all: every whole band; else some of them. */

@@ -66,6 +66,7 @@ void carve(const struct moe_call *call, moe_decode_args *args, size_t *bytes, si
 
     args->taken = (int32_t *)take(sizeof(int32_t));
     args->slot_state = (int32_t *)take((uint64_t)2 * args->workers * MOE_SLOT_PARTS * sizeof(int32_t));
+    args->claimed = (int32_t *)take((uint64_t)args->workers * sizeof(int32_t));
     args->finished = (int32_t *)take(moe_max_tiles(call->tokens * call->slots, args->groups, 1 << args->most_log2) *
                                      sizeof(int32_t));
     const bool fewest = call->tokens <= MOE_PASSED_TOKENS, passes = fewest && config_of(call) == WGMMA;
@@ -101,6 +102,7 @@ void moe_decode_prepare(const struct moe_call *call, moe_decode_args *args, size
     while (1 << args->most_log2 < MOE_DECODE_TOKENS && 1 << args->most_log2 < call->tokens)
         args->most_log2++;
     args->workers = call->max_sms > 0 && call->max_sms < call->exec->sms ? call->max_sms : call->exec->sms;
+    args->guess = 0; // until a kernel does
     args->gemm[0] = gemm_of(2 * call->intermediate, call->hidden, args->workers, 0);
     args->gemm[1] = gemm_of(call->hidden, call->intermediate, args->workers, 2); // GEMM 1 reads twice as much
     args->passed_rows = call->ffn_routes && may_cut(call, args) ? (call->tokens <= 2 ? 2 : MOE_PASSED_ROWS) : 0;

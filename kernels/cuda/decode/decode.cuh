@@ -6,6 +6,12 @@
 // rows times one tile each: groups one after another, in a group bands, in a band tiles, so that tiles which share
 // weights read them at the same time. Items of GEMM 1 come first, those of GEMM 2 follow; blocks take them in order
 // from one counter.
+//
+// Before it is known which groups have rows, block b may guess (args.guess) that band b of GEMM 1 will be used, counted
+// through all groups as if each had one tile, and load weights of that. Of groups that have one, the bands guessed come
+// first, and each is the first item of its block, which claims it; all other items are taken as above. Who is done with
+// GEMM 1 claims, and does, what blocks that have not begun would guess: they may have to wait for its SM. As these
+// items are whole bands, which wait for nobody, work.h's promise holds with them.
 #ifndef MOE_KERNELS_CUDA_DECODE_DECODE_CUH
 #define MOE_KERNELS_CUDA_DECODE_DECODE_CUH
 
@@ -24,12 +30,13 @@ struct moe_decode_gemm {
 // What the walk needs first comes first, in as few lines of the cache for constants as can be.
 struct moe_decode_args {
     const int32_t *offsets; // [groups + 1]; of no use to a kernel that routes, nor is row_token
-    int32_t *taken;         // items so far
+    int32_t *taken;         // items so far, of those that have no owner
     int32_t groups;
     int32_t most_log2; // tokens of a tile at most: a power of two, from 8 to MOE_DECODE_TOKENS
     moe_decode_gemm gemm[2];
     int32_t hidden, intermediate;
     int32_t workers;          // blocks of the grid
+    int32_t guess;            // blocks of K that a block loads of the band it guesses; 0: none guesses
     const void *x;            // [T][H]
     const int32_t *row_token; // [R]
     void *act, *down;         // [R][I], [R][H], in the layer's dtype
@@ -37,6 +44,7 @@ struct moe_decode_args {
     // Scratch memory, as is `taken`; all but `sums` is zero at first, where it is used.
     int32_t *finished;   // [tiles]: how much of GEMM 1 is done of each tile
     int32_t *slot_state; // [slots][MOE_SLOT_PARTS]: of the slots' sums, how far they are
+    int32_t *claimed;    // [workers]: how often the band that a block guesses has been claimed; the first gets it
     void *passed;        // [R][I], beside act, for who looks for results where zeros were; NULL: nobody does
     void *passed_sums;   // partial sums likewise: [slots][MOE_SLOT_PARTS][MOE_PASSING_QUADS][passed_rows / 2][4]
     float *sums;         // [slots][MOE_PACKED_ROWS << most_log2]
@@ -45,6 +53,8 @@ struct moe_decode_args {
 };
 
 constexpr int MOE_DECODE_TOKENS = 128; // of a tile at most
+
+constexpr int MOE_GUESSED_GROUPS = 32; // in which the bands lie that are guessed, and the one after them
 
 // Up to so many `passed` is worth what it costs: the zeros, storing twice, and looking again and again.
 constexpr int MOE_PASSED_TOKENS = 4;
@@ -69,7 +79,8 @@ struct alignas(16) moe_decode_task {
     int32_t group;
     int32_t band;       // of the group's weights
     int32_t begin, end; // blocks of K
-    int32_t gemm2;
+    int16_t gemm2;
+    int16_t guessed; // in a block's first task: so many of its blocks of weights are there; < 0: so many of no use
     int32_t first_slot, slots, own_slot; // work.h, but counted from gemm2_slots on in GEMM 2
     int32_t slot_free;                   // the state in which own_slot can be written to
 };
@@ -86,6 +97,17 @@ static __device__ __forceinline__ void moe_decode_await_plan()
 {
     moe_grid_wait();
     moe_grid_launch_dependents(); // the plan is complete when the next kernel starts
+}
+
+struct moe_decode_band {
+    int32_t group, band; // of its weights
+};
+
+// That with this number, if there is one tile in each group.
+static __device__ __forceinline__ moe_decode_band moe_decode_band_of(const moe_decode_gemm &gemm, int32_t number)
+{
+    const int32_t group = moe_divide(number, gemm.by_bands);
+    return {group, number - group * gemm.bands};
 }
 
 // Takes an item, and returns its number to the warp's first lane.
@@ -111,6 +133,9 @@ struct moe_decode_walk {
     int32_t first = 0, items; // the GEMM's first item, and where they end
     int32_t first_slot = 0;   // of the GEMM
     int32_t item, at = 0;
+    int32_t own = 0;     // so many items, the first ones, belong to those who have guessed them
+    int32_t held = -1;   // the item to go on with after one that was left by its owner; -1: none
+    int32_t guessed = 0; // of the next task
 
     // Before moe_decode_await_plan().
     __device__ __forceinline__ moe_decode_walk(const moe_decode_args &a, moe_decode_place *places)
@@ -133,12 +158,16 @@ struct moe_decode_walk {
     __device__ __forceinline__ int32_t start()
     {
         const int32_t most = 1 << args.most_log2;
-        const int32_t mine = moe_decode_take(args);
+        const int32_t mine = args.guess > 0 ? claim(blockIdx.x) : moe_decode_take(args);
         int32_t largest = find_tiles<true>();
         single = !__any_sync(ALL_LANES, largest > most);
         if (__builtin_expect(!single, 0))
             largest = min(find_tiles<false>(), most);
-        return start(__shfl_sync(ALL_LANES, mine, 0), largest);
+        const int32_t taken = __shfl_sync(ALL_LANES, mine, 0);
+        largest = start(taken, largest);
+        if (args.guess > 0)
+            look_at_guess(taken == 0);
+        return largest;
     }
 
     // The same with what takes time done: the first item taken, the list filled, the tiles counted and `single` known.
@@ -149,6 +178,62 @@ struct moe_decode_walk {
         begin();
         item = first_item;
         return largest;
+    }
+
+    // Returns, to the first lane, how many have claimed before what block b guesses.
+    __device__ __forceinline__ int32_t claim(int32_t b) const
+    {
+        uint32_t before = 0;
+        moe_fetch_add_first((uint32_t *)args.claimed + b, 1, &before);
+        return (int32_t)before;
+    }
+
+    // The item that block b guesses, in all lanes; -1: there is none.
+    __device__ __forceinline__ int32_t item_guessed(int32_t b) const
+    {
+        static_assert(MOE_GUESSED_GROUPS <= 32, "a lane looks at each of the first places");
+        if (own == 0)
+            return -1;
+        const moe_decode_band band = moe_decode_band_of(gemm, b);
+        const unsigned at = __ballot_sync(ALL_LANES, lane < tiles && list[lane].number == band.group);
+        return at != 0 ? (__ffs((int)at) - 1) * gemm.bands + band.band : -1;
+    }
+
+    // How many items have owners, and which is the block's first: its own one, if it has `claimed` that, or another.
+    __device__ __forceinline__ void look_at_guess(bool claimed)
+    {
+        const moe_decode_band end = moe_decode_band_of(gemm, args.workers);
+        const int32_t group = single && lane < tiles ? list[lane].number : INT32_MAX;
+        own = __popc(__ballot_sync(ALL_LANES, group < end.group)) * gemm.bands +
+              (__any_sync(ALL_LANES, group == end.group) ? end.band : 0);
+        if (own > work.whole)
+            own = 0;
+        item = item_guessed(blockIdx.x);
+        guessed = claimed && item >= 0 ? args.guess : -args.guess;
+        if (guessed < 0)
+            item = own + __shfl_sync(ALL_LANES, moe_decode_take(args), 0);
+    }
+
+    // Claims an item whose owner has not begun. -1: there is none.
+    __device__ __forceinline__ int32_t left_by_owner() const
+    {
+        if (own == 0)
+            return -1;
+        bool any = false;
+#pragma unroll 4
+        for (int32_t b = lane; b < args.workers; b += 32)
+            any |= __ldcg(args.claimed + b) == 0;
+        if (__builtin_expect(!__any_sync(ALL_LANES, any), 1))
+            return -1;
+        for (int32_t b0 = 0; b0 < args.workers; b0 += 32) {
+            const bool unclaimed = b0 + lane < args.workers && __ldcg(args.claimed + b0 + lane) == 0;
+            for (unsigned of = __ballot_sync(ALL_LANES, unclaimed); of != 0; of &= of - 1) {
+                const int32_t b = b0 + __ffs((int)of) - 1, left = item_guessed(b);
+                if (left >= 0 && __shfl_sync(ALL_LANES, claim(b), 0) == 0)
+                    return left;
+            }
+        }
+        return -1;
     }
 
     __device__ __forceinline__ void begin()
@@ -226,6 +311,12 @@ struct moe_decode_walk {
             if (__builtin_expect(item >= items, 0)) {
                 if (gemm2)
                     return;
+                const int32_t left = left_by_owner(); // before it waits for any
+                if (left >= 0) {
+                    held = item;
+                    item = left;
+                    continue;
+                }
                 gemm2 = 1;
                 gemm = args.gemm[1];
                 first_slot = args.gemm2_slots;
@@ -237,9 +328,16 @@ struct moe_decode_walk {
                 break;
             at = 0;
             wait();
-            item = __shfl_sync(ALL_LANES, moe_decode_take(args), 0);
+            if (held >= 0) {
+                item = held;
+                held = -1;
+                continue;
+            }
+            item = own + __shfl_sync(ALL_LANES, moe_decode_take(args), 0);
         }
         at++;
+        task.guessed = (int16_t)guessed;
+        guessed = 0;
         const int32_t tile = moe_divide(t.band, gemm.by_bands); // where a group has one
         if (__builtin_expect(single, 1)) {
             const moe_decode_place place = list[tile];

@@ -9,7 +9,8 @@
 // bring the tokens, and these do wait (wgmma_load.cuh). Two warpgroups multiply, each 64 of the weight rows, as the
 // operand m; tokens are n, so that few of them waste nothing (wgmma_multiply.cuh). What takes a while but nobody must
 // wait for has warps of its own: finding the tasks to come, and telling other blocks what is in memory. Before all that
-// it routes, if tokens are few (route.cuh), and then the first weights are found ahead of their task (first.cuh).
+// it routes, if tokens are few (route.cuh), and then the first weights are found ahead of their task (first.cuh). Else
+// the ring fills while others route, with weights that will most likely be needed (decode.cuh, args.guess).
 //
 // How long the ring is, and how many tokens a stage has room for, is found on the device: by the largest tile.
 #include "kernels/cuda/decode/wgmma.cuh"
@@ -77,6 +78,7 @@ template <int PER> struct walker : follower {
         if constexpr (PER == 0) {
             moe_decode_await_plan();
             largest = walk.start();
+            fit_guess(walk, largest);
         } else {
             largest = start_routed(walk);
         }
@@ -85,7 +87,8 @@ template <int PER> struct walker : follower {
             moe_barrier_arrive(shared + MEASURED);
         }
         moe_decode_task task;
-        for (int32_t told = 0;; told += task.end - task.begin) { // blocks
+        // Blocks, and those guessed that are of no task: they are asked for as well.
+        for (int32_t told = args.decode.guess - max(walk.guessed, 0);; told += task.end - task.begin) {
             walk.next(task, [&] {
                 while (first && atomicAdd(asked(), 0) < told - LEAD)
                     ;
@@ -101,6 +104,15 @@ template <int PER> struct walker : follower {
             if (task.rows == 0)
                 return;
         }
+    }
+
+    // Guessed blocks past the end of the ring are lost. Nobody may use that memory before they have come.
+    __device__ __forceinline__ void fit_guess(moe_decode_walk &walk, int32_t largest)
+    {
+        const int fit = args.stages[width_of(largest)];
+        for (int i = fit; i < args.decode.guess; i++)
+            moe_barrier_wait(shared + WEIGHTS_FULL + i * 8, 0);
+        walk.guessed = max(-fit, min(walk.guessed, fit));
     }
 
     // Makes the list of whatever there is at first, without a result, so that these instructions, too, are in the SM's
@@ -178,9 +190,9 @@ __global__ void __launch_bounds__(PER > 0 ? 2 * THREADS : THREADS, 1)
         *reinterpret_cast<int32_t *>(decode_memory + ASKED) = 0;
         moe_barrier_init_done();
     }
-    if (args.guess > 0 && warp == WEIGHT_LOADER && first_lane)
+    if (PER > 0 && args.fetch > 0 && warp == WEIGHT_LOADER && first_lane)
         moe_fetch_guess(args.decode.w13, args.decode.hidden, args.decode.intermediate, args.decode.groups, blockIdx.x,
-                        args.guess);
+                        args.fetch);
     if constexpr (PER > 0)
         moe_clear_choice(follower(args, shared).choice(), args.decode.groups);
     if (warp == WALKER && first_lane) { // so that addresses are translated by the time when they are read
@@ -195,10 +207,10 @@ __global__ void __launch_bounds__(PER > 0 ? 2 * THREADS : THREADS, 1)
         return;
     }
     int32_t item = 0;
-    if constexpr (PER == 0)
-        moe_decode_await_plan();
-    else
+    if constexpr (PER > 0)
         item = choose<PER>(follower(args, shared), warp == WEIGHT_LOADER);
+    else if (warp != WEIGHT_LOADER)
+        moe_decode_await_plan();
     if (PER > 0 && writes_plan()) { // all but the walker, of which those who write hear with the first rows
         moe_named_sync(CHOICE_MADE, THREADS - 32);
         if (warp >= FIRST_MULTIPLIER && warp < WEIGHT_LOADER)
@@ -217,8 +229,8 @@ __global__ void __launch_bounds__(PER > 0 ? 2 * THREADS : THREADS, 1)
 #endif
 }
 
-// Tiles asked for before the routing is known. With three times as many the routing waits longer for what it reads than
-// the weights are there sooner.
+// Tiles asked for before the routing is known, where the kernel does it. With three times as many the routing waits
+// longer for what it reads than the weights are there sooner.
 constexpr int GUESSED_TILES = 4;
 
 // packed: whether they are; else blocks are whole always.
@@ -228,6 +240,20 @@ band_weights weights_of(const void *data, int64_t rows, int64_t cols, bool packe
     const uint32_t last_bytes = packed && halves % 2 != 0 ? HALF_BYTES : TILE_BYTES;
     return {(const char *)data, (uint32_t)(halves * blocks), (uint32_t)(2 * blocks), (int32_t)((halves - 1) / 2),
             last_bytes};
+}
+
+// Blocks of weights to load of a guessed band: a ring full, if the largest tile has half as many rows again as the
+// average group, and some. Most groups should have rows; where some have not it costs little, for memory is idle until
+// the routing is known. What is guessed must be items, of which no more than the whole bands have owners.
+int32_t guessed_blocks(const struct moe_call *call, const moe_decode_args &decode, const uint8_t *stages)
+{
+    const moe_decode_gemm &gemm = decode.gemm[0];
+    const int64_t pairs = call->tokens * call->slots, rows = 3 * pairs / (2 * decode.groups) + 8;
+    const int32_t whole = moe_work_make(&gemm.work, decode.groups * gemm.bands).whole, most = 1 << decode.most_log2;
+    if (pairs < decode.groups || whole < decode.workers || (MOE_GUESSED_GROUPS - 1) * gemm.bands < decode.workers)
+        return 0;
+    const int32_t ring = stages[width_of(rows < most ? (int)rows : most)];
+    return ring < gemm.work.blocks ? ring : gemm.work.blocks;
 }
 
 template <typename T, int MOST, int PER> moe_status launch(const struct moe_call *call, wgmma_args &args)
@@ -240,6 +266,8 @@ template <typename T, int MOST, int PER> moe_status launch(const struct moe_call
         const int stages = (shared - args.ring_begin - MULTIPLIERS * piece) / (TILE_BYTES + piece);
         args.stages[width] = (uint8_t)(stages < MAX_STAGES ? stages : MAX_STAGES);
     }
+    if (PER == 0)
+        args.decode.guess = guessed_blocks(call, args.decode, args.stages);
     const auto kernel = decode_kernel<T, MOST, PER>;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     moe_launch(kernel, args.decode.workers, THREADS, shared, call->stream, call->exec->compute_capability == 90, args);
@@ -290,7 +318,8 @@ moe_status moe_ffn_decode_wgmma(const struct moe_call *call, const moe_decode_ar
     args.packed = call->w13.layout == MOE_LAYOUT_PACKED;
     args.weights[0] = weights_of(call->w13.data, 2 * call->intermediate, call->hidden, args.packed);
     args.weights[1] = weights_of(call->w2.data, call->hidden, call->intermediate, args.packed);
-    args.guess = args.packed ? moe_guessed_tiles(call->tokens * call->slots, decode.groups, GUESSED_TILES) : 0;
+    if (call->ffn_routes && args.packed)
+        args.fetch = moe_guessed_tiles(call->tokens * call->slots, decode.groups, GUESSED_TILES);
     args.fewest_tiles = call->ffn_routes ? fewest_tiles(call) : 0;
     args.early = stages_of_gemm2(call, decode) <= FEW_STAGES ? UNDER_WAY_EARLY : UNDER_WAY;
     if (!args.packed) {

@@ -32,6 +32,8 @@ constexpr int MAX_STAGES = 12;
 // to it fill up, and it delivers up to a tenth less. Where a block has few stages of GEMM 2, whoever is early with GEMM
 // 1 fills the ring more slowly, for GEMM 2 has to wait for the others, and most of theirs is still to come.
 constexpr uint32_t UNDER_WAY = 4, UNDER_WAY_EARLY = 3;
+// Before the routing is known there are fewer: it reads its logits and its instructions from the same memory.
+constexpr uint32_t UNDER_WAY_GUESSED = 3;
 constexpr int64_t FEW_STAGES = 16;
 constexpr int NOTES = 8; // tasks that the walker may be ahead of the last of the others
 constexpr int LEAD = 12; // blocks before the end of an item when the next one is taken
@@ -46,7 +48,8 @@ struct alignas(16) mail {
 
 // Shared memory: barriers, notes, mails, the largest tile, the blocks asked for, the first item (where the kernel
 // routes), the list of places, where the kernel routes the choice of experts, and from the next multiple of 1024 on the
-// finished tiles of both multiplying warpgroups, then the ring.
+// ring: the weights of all stages, whose places do not depend on the largest tile, then the tokens of all, and behind
+// it the finished tiles of both multiplying warpgroups.
 constexpr int WEIGHTS_FULL = 0, TOKENS_FULL = WEIGHTS_FULL + MAX_STAGES * 8, EMPTY = TOKENS_FULL + MAX_STAGES * 8;
 constexpr int NOTE_FULL = EMPTY + MAX_STAGES * 8, NOTE_EMPTY = NOTE_FULL + NOTES * 8;
 constexpr int MAIL_FULL = NOTE_EMPTY + NOTES * 8, MAIL_EMPTY = MAIL_FULL + MULTIPLIERS * MAILS * 8;
@@ -86,7 +89,7 @@ struct wgmma_args {
     moe_gate_args gate;            // for a kernel that routes, and its plan
     moe_plan plan;
     int packed;
-    int32_t guess;        // tiles of a band to fetch before the routing is known
+    int32_t fetch;        // tiles of a band to fetch before the routing is known
     int32_t fewest_tiles; // from this number on, 32 for which the first task is worked out by then
     uint32_t early;       // stages under way of who is early
     int32_t ring_begin;
@@ -122,9 +125,9 @@ struct follower {
     const wgmma_args &args;
     const uint32_t shared; // the block's memory
     moe_ring_place stage, note;
-    uint32_t stages, stage_bytes;
-    uint32_t ring;  // the first stage
-    uint32_t piece; // a finished tile's bytes, one to a multiplying warpgroup, right before the ring
+    uint32_t stages;
+    uint32_t tokens_ring; // the first stage's tokens
+    uint32_t piece;       // bytes of a stage's tokens, and of a finished tile
 
     __device__ follower(const wgmma_args &a, uint32_t s) : args(a), shared(s)
     {
@@ -141,20 +144,25 @@ struct follower {
     __device__ __forceinline__ void measure(int32_t largest)
     {
         const uint32_t width = width_of(largest);
-        piece = tokens_of(width) * ROW_BYTES;
-        ring = shared + args.ring_begin + MULTIPLIERS * piece;
-        stage_bytes = TILE_BYTES + piece;
         stages = args.stages[width];
+        tokens_ring = shared + args.ring_begin + stages * TILE_BYTES;
+        piece = tokens_of(width) * ROW_BYTES;
     }
 
     __device__ uint32_t weights() const
     {
-        return ring + stage.at * stage_bytes;
+        return shared + args.ring_begin + stage.at * TILE_BYTES;
     }
 
     __device__ uint32_t tokens() const
     {
-        return weights() + TILE_BYTES;
+        return tokens_ring + stage.at * piece;
+    }
+
+    // Of a multiplying warpgroup.
+    __device__ uint32_t finished_tile(int half) const
+    {
+        return tokens_ring + (stages + half) * piece;
     }
 
     __device__ uint32_t weights_full() const
@@ -177,7 +185,8 @@ struct follower {
         return reinterpret_cast<const moe_decode_task *>(__cvta_shared_to_generic(shared + NOTE)) + note.at;
     }
 
-    // How many blocks of weights have been asked for, of all tasks so far. Only counted by atomics.
+    // How many blocks of weights have been asked for, of all tasks so far and of what was guessed. Only counted by
+    // atomics.
     __device__ int32_t *asked() const
     {
         return reinterpret_cast<int32_t *>(__cvta_shared_to_generic(shared + ASKED));

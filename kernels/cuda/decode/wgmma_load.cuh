@@ -16,8 +16,15 @@ template <int PER> struct weight_loader : follower {
     moe_ring_place oldest;  // of the stages whose weights are under way
     uint32_t under_way = 0; // how many these are
     uint32_t early = 0;     // stages filled for GEMM 2, up to the whole ring
+    uint32_t most_under_way = UNDER_WAY;
     const uint64_t policy = moe_policy_once();
     band_weights source = args.weights[0]; // of the GEMM that the tasks have come to
+
+    __device__ __forceinline__ void await_oldest()
+    {
+        moe_barrier_wait(shared + WEIGHTS_FULL + oldest.at * 8, oldest.parity);
+        oldest.next(stages);
+    }
 
     __device__ __forceinline__ void load(const moe_decode_task &task)
     {
@@ -29,15 +36,18 @@ template <int PER> struct weight_loader : follower {
         const uint32_t halves =
             task.group * source.expert + task.band * source.band + task.begin * (bytes / HALF_BYTES);
         const char *from = source.data + (uint64_t)halves * HALF_BYTES;
+        int block = task.begin;
+        if (PER == 0 && task.guessed > 0) {
+            block += task.guessed;
+            from += task.guessed * bytes;
+        }
 #pragma unroll 1
-        for (int block = task.begin; block < task.end; block++) {
+        for (; block < task.end; block++) {
             const bool is_early = task.gemm2 && early < stages;
             early += is_early;
 #pragma unroll 1
-            for (under_way++; under_way > (is_early ? args.early : UNDER_WAY); under_way--) {
-                moe_barrier_wait(shared + WEIGHTS_FULL + oldest.at * 8, oldest.parity);
-                oldest.next(stages);
-            }
+            for (under_way++; under_way > (is_early ? args.early : most_under_way); under_way--)
+                await_oldest();
             moe_barrier_wait(empty(), stage.parity ^ 1);
             if (moe_elect()) {
                 const uint32_t full = weights_full();
@@ -82,20 +92,54 @@ template <int PER> struct weight_loader : follower {
         }
     }
 
+    // Where it does not: the first blocks of the band that this block guesses, as a task. How many stages the ring has
+    // is not known yet; their weights lie where they do with any number. Nobody writes weights (moe_layer_weights), so
+    // this does not wait for the kernels ahead.
+    __device__ __forceinline__ void guess(moe_decode_task &task)
+    {
+        const moe_decode_band own = moe_decode_band_of(args.decode.gemm[0], blockIdx.x);
+        task.gemm2 = task.guessed = 0;
+        task.group = own.group;
+        task.band = own.band;
+        task.begin = 0;
+        task.end = args.decode.guess;
+        stages = MAX_STAGES + 1;
+        most_under_way = UNDER_WAY_GUESSED;
+    }
+
+    // Goes on when the routing is known, behind the stages that are filled, of which the last ones may be none.
+    __device__ __forceinline__ void end_guess()
+    {
+        moe_decode_await_plan();
+        measure();
+        most_under_way = UNDER_WAY;
+        if (stage.at < stages)
+            return;
+        for (; under_way > 0; under_way--, oldest.at++)
+            moe_barrier_wait(shared + WEIGHTS_FULL + oldest.at * 8, 0);
+        oldest = stage = {0, 1};
+    }
+
     __device__ void run(int32_t item)
     {
         moe_decode_task task;
-        bool ahead = false; // of the task's note
+        bool ahead = true; // of the task's note, or of the routing
         if constexpr (PER > 0)
             ahead = find_first(item, task);
         else
-            measure();
+            guess(task);
         while (ahead || next(task)) {
             load(task);
-            if (ahead)
-                next(task); // it tells the same, and its place is free again
+            if (ahead) {
+                if constexpr (PER > 0)
+                    next(task); // it tells the same, and its place is free again
+                else
+                    end_guess();
+            }
             ahead = false;
         }
+        for (; PER == 0 && under_way > 0; under_way--) // or what is guessed might come when the block has ended
+            await_oldest();
     }
 };
 
@@ -195,6 +239,11 @@ template <int MOST, bool ROUTES> struct token_loader : follower {
         moe_decode_task task;
         measure();
         while (next(task)) {
+            if (!ROUTES)
+                for (int i = task.guessed; i < 0; i++) {
+                    moe_barrier_arrive(tokens_full());
+                    stage.next(stages);
+                }
             if (task.gemm2 && is_passed(args.decode))
                 load_passed(task);
             else

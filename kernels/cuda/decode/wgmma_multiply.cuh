@@ -240,7 +240,7 @@ template <typename T, int MOST> struct multiplier : follower {
     __device__ __forceinline__ void store(const moe_decode_task &task, void *to, int columns, int64_t column,
                                           bool passed = false)
     {
-        const uint32_t from = ring - (MULTIPLIERS - half) * piece;
+        const uint32_t from = finished_tile(half);
         sync();
 #pragma unroll 1
         for (int i = thread; i < task.rows * CHUNKS; i += WARPGROUP) {
@@ -273,7 +273,7 @@ template <typename T, int MOST> struct multiplier : follower {
     // The sums of GEMM 1, GATED, of whose rows of each pair of eights one is gate, one up; or of GEMM 2.
     template <bool GATED> __device__ __forceinline__ void finish(const moe_decode_task &task)
     {
-        const uint32_t to = ring - (MULTIPLIERS - half) * piece;
+        const uint32_t to = finished_tile(half);
         const int lane = thread % 32, warp = thread / 32;
         sync(); // the last tile has left the piece
 #pragma unroll
@@ -301,6 +301,15 @@ template <typename T, int MOST> struct multiplier : follower {
         moe_decode_task task;
         measure();
         while (next(task)) {
+            if (MOST > MOE_ROUTED_TOKENS)
+                for (int i = task.guessed; i < 0; i++) {
+                    // Only then is it free: with a phase that nobody has waited for others would mistake the next one.
+                    moe_barrier_wait(weights_full(), stage.parity);
+                    moe_barrier_wait(tokens_full(), stage.parity);
+                    __syncwarp();
+                    release(stage.at);
+                    stage.next(stages);
+                }
             multiply_any(task.rows, task.end - task.begin);
             const bool passes = passes_sums(task);
             if (task.slots > 0) {

@@ -3,12 +3,13 @@
  * How the decode path cuts a GEMM into work. In plain C, so that it can be tested without a GPU.
  *
  * The GEMM is a row of `bands`: a band is MOE_PACKED_ROWS weight rows of an expert times one tile of its tokens, over
- * all of K, which is `blocks` blocks of 64 columns. Bands are taken one by one as long as there are plenty. Those of
- * the last round that is full, and what is left after it, are cut, without regard to where one ends, into as many
- * pieces as there are workers, so that all end at the same time; unless they would end at nearly the same time anyway.
- * Pieces are taken in order, and not all at once: the more workers have read, the further they are apart, up to a
- * band. So sizes fall from piece to piece: who comes first gets the longest. A piece is up to three kinds of tasks, in
- * this order:
+ * all of K, which is `blocks` blocks of 64 columns. Bands are taken one by one as long as there are plenty. What is
+ * left after the last round that is full is cut, without regard to where a band ends, into as many pieces as there are
+ * workers, so that all end at the same time; unless they would end at nearly the same time anyway. So are the bands of
+ * that round, or pieces might be short; but not where they would be so long that workers drift apart on the way. Pieces
+ * are taken in order, and not all at once: the more workers have read, the further they are apart, up to a band. So
+ * sizes fall from piece to piece: who comes first gets the longest. A piece is up to three kinds of tasks, in this
+ * order:
  *
  *   tail   the beginning of its last band, which the next piece goes on with: leaves a partial sum in the piece's slot
  *   whole  bands
@@ -30,6 +31,8 @@ enum {
     MOE_WORK_EXCHANGE = 3,     /* blocks that are read while partial sums pass from one worker to another */
     MOE_WORK_DRIFT = 64,       /* blocks after which the first worker is one before the average, the last one behind */
     MOE_WORK_MOST_SPREAD = 64, /* blocks: so that places are numbers of 32 bits */
+    MOE_WORK_LONG = 256,       /* blocks of a piece on average, with which the last full round is not cut, */
+    MOE_WORK_SHORT = 48,       /* unless without it they were fewer than these */
     MOE_WORK_FALL_LOG2 = 10,   /* binary places of `fall` */
 };
 
@@ -90,7 +93,9 @@ static MOE_HOST_DEVICE inline struct moe_work moe_work_make(const struct moe_wor
     const int32_t over = bands - full * workers; /* bands of a last round that is not full */
     if (over == 0 || over > gemm->most_over)
         return work;
-    const int32_t rounds = full > 1 ? full - 1 : 0; /* of whole bands */
+    const int32_t rest = over * blocks; /* behind the rounds that are full */
+    const bool all = rest + workers * blocks > MOE_WORK_LONG * workers && rest >= MOE_WORK_SHORT * workers;
+    const int32_t rounds = all ? full : full > 1 ? full - 1 : 0; /* of whole bands */
     work.whole = rounds * workers;
     /* Where pieces of the least size are fewer than the workers, cut / workers is less than that size. */
     const int32_t cut = (bands - work.whole) * blocks, each = moe_divide(cut, gemm->by_workers);
