@@ -21,7 +21,7 @@ cudaStream_t case_streams[CASE_STREAMS];
 
 static const struct case_shape shapes[CASE_SHAPES] = {
     [CASE_EVEN] = {"even", MOE_BF16, 512, 256, 32, 4},
-    [CASE_ODD] = {"odd", MOE_F16, 712, 1160, 24, 3},
+    [CASE_ODD] = {"odd", MOE_F16, 712, 1160, 24, 3}, /* bands for all SMs to guess, blocks for more than a ring */
     [CASE_MANY] = {"many", MOE_BF16, 264, 136, 255, 9},
 };
 

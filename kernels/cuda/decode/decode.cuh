@@ -163,10 +163,10 @@ struct moe_decode_walk {
         single = !__any_sync(ALL_LANES, largest > most);
         if (__builtin_expect(!single, 0))
             largest = min(find_tiles<false>(), most);
-        const int32_t taken = __shfl_sync(ALL_LANES, mine, 0);
-        largest = start(taken, largest);
+        const int32_t got = __shfl_sync(ALL_LANES, mine, 0);
+        largest = start(got, largest);
         if (args.guess > 0)
-            look_at_guess(taken == 0);
+            look_at_guess(got == 0); // it was no item, but how often the block's own one had been claimed
         return largest;
     }
 

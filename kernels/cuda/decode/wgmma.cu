@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decode path's FFN for compute capability 9.0: one launch that reads the weights of all experts in use, at the
 // speed of memory, from the first tile of GEMM 1 to the last of GEMM 2; once, unless an expert has more rows than a
-// tile.
+// tile or guessed weights (below) have to be asked for again.
 //
 // What a block does is a stream of stages: 64 columns of 128 weight rows, which one bulk copy brings, and of the tokens
 // that they are multiplied with. One warp starts the copies of weights as soon as a stage is free, and nothing but a
