@@ -67,6 +67,7 @@ void carve(const struct moe_call *call, moe_decode_args *args, size_t *bytes, si
     args->taken = (int32_t *)take(sizeof(int32_t));
     args->slot_state = (int32_t *)take((uint64_t)2 * args->workers * MOE_SLOT_PARTS * sizeof(int32_t));
     args->claimed = (int32_t *)take((uint64_t)args->workers * sizeof(int32_t));
+    args->paced = (int32_t *)take(sizeof(int32_t));
     args->finished = (int32_t *)take(moe_max_tiles(call->tokens * call->slots, args->groups, 1 << args->most_log2) *
                                      sizeof(int32_t));
     const bool fewest = call->tokens <= MOE_PASSED_TOKENS, passes = fewest && config_of(call) == WGMMA;

@@ -45,6 +45,7 @@ struct moe_decode_args {
     int32_t *finished;   // [tiles]: how much of GEMM 1 is done of each tile
     int32_t *slot_state; // [slots][MOE_SLOT_PARTS]: of the slots' sums, how far they are
     int32_t *claimed;    // [workers]: how often the band that a block guesses has been claimed; the first gets it
+    int32_t *paced;      // blocks of K that all blocks have asked for, of the last ones of their pieces (pace.cuh)
     void *passed;        // [R][I], beside act, for who looks for results where zeros were; NULL: nobody does
     void *passed_sums;   // partial sums likewise: [slots][MOE_SLOT_PARTS][MOE_PASSING_QUADS][passed_rows / 2][4]
     float *sums;         // [slots][MOE_PACKED_ROWS << most_log2]
@@ -79,7 +80,8 @@ struct alignas(16) moe_decode_task {
     int32_t group;
     int32_t band;       // of the group's weights
     int32_t begin, end; // blocks of K
-    int16_t gemm2;
+    int8_t gemm2;
+    int8_t last;     // of a piece of GEMM 2, behind which there is hardly ever another item
     int16_t guessed; // in a block's first task: so many of its blocks of weights are there; < 0: so many of no use
     int32_t first_slot, slots, own_slot; // work.h, but counted from gemm2_slots on in GEMM 2
     int32_t slot_free;                   // the state in which own_slot can be written to
@@ -236,6 +238,11 @@ struct moe_decode_walk {
         return -1;
     }
 
+    __device__ __forceinline__ bool in_last_piece() const
+    {
+        return gemm2 && item - first >= work.whole && work.pieces > 0;
+    }
+
     __device__ __forceinline__ void begin()
     {
         work = moe_work_make(&gemm.work, tiles * gemm.bands);
@@ -362,6 +369,7 @@ struct moe_decode_walk {
         task.begin = t.begin;
         task.end = t.end;
         task.gemm2 = gemm2;
+        task.last = in_last_piece();
         task.first_slot = first_slot + t.first_slot;
         task.slots = t.slots;
         task.own_slot = t.own_slot < 0 ? -1 : first_slot + t.own_slot;

@@ -10,7 +10,8 @@
 // operand m; tokens are n, so that few of them waste nothing (wgmma_multiply.cuh). What takes a while but nobody must
 // wait for has warps of its own: finding the tasks to come, and telling other blocks what is in memory. Before all that
 // it routes, if tokens are few (route.cuh), and then the first weights are found ahead of their task (first.cuh). Else
-// the ring fills while others route, with weights that will most likely be needed (decode.cuh, args.guess).
+// the ring fills while others route, with weights that will most likely be needed (decode.cuh, args.guess). How fast it
+// asks for the last of them depends on how far others are (pace.cuh).
 //
 // How long the ring is, and how many tokens a stage has room for, is found on the device: by the largest tile.
 #include "kernels/cuda/decode/wgmma.cuh"
@@ -68,6 +69,7 @@ __device__ inline void write_plan(const follower &own)
 
 template <int PER> struct walker : follower {
     using follower::follower;
+    moe_decode_pace reports;
 
     __device__ void run()
     {
@@ -90,8 +92,8 @@ template <int PER> struct walker : follower {
         // Blocks, and those guessed that are of no task: they are asked for as well.
         for (int32_t told = args.decode.guess - max(walk.guessed, 0);; told += task.end - task.begin) {
             walk.next(task, [&] {
-                while (first && atomicAdd(asked(), 0) < told - LEAD)
-                    ;
+                if (first)
+                    await_asked(walk, told, told - LEAD);
                 __syncwarp();
             });
             if (first) {
@@ -101,9 +103,27 @@ template <int PER> struct walker : follower {
             }
             __syncwarp();
             note.next(NOTES);
-            if (task.rows == 0)
+            if (task.rows == 0) {
+                if (first && walk.work.pieces > 0)
+                    await_asked(walk, told, told);
                 return;
+            }
         }
+    }
+
+    // By one thread, until `enough` of the blocks told have been asked for. Meanwhile it sees to the pace.
+    __device__ __forceinline__ void await_asked(const moe_decode_walk &walk, int32_t told, int32_t enough)
+    {
+        const bool paced = walk.in_last_piece();
+        int32_t now, behind;
+        do {
+            now = atomicAdd(asked(), 0);
+            if (!paced)
+                continue;
+            if (reports.report(args.decode, walk, told - now, &behind))
+                atomicExch(pace(), (uint32_t)max(MOE_PACED_LEAST, min((int)UNDER_WAY + behind / 2, MOE_PACED_MOST)));
+            __nanosleep(200); // a block of K takes twice as long and more
+        } while (now < enough);
     }
 
     // Guessed blocks past the end of the ring are lost. Nobody may use that memory before they have come.
@@ -188,6 +208,7 @@ __global__ void __launch_bounds__(PER > 0 ? 2 * THREADS : THREADS, 1)
         moe_barrier_init(shared + CHOSEN, WARPS);
         moe_barrier_init(shared + FIRST_ROWS, 32);
         *reinterpret_cast<int32_t *>(decode_memory + ASKED) = 0;
+        *reinterpret_cast<uint32_t *>(decode_memory + PACE) = UNDER_WAY;
         moe_barrier_init_done();
     }
     if (PER > 0 && args.fetch > 0 && warp == WEIGHT_LOADER && first_lane)

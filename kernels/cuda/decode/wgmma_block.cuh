@@ -47,9 +47,9 @@ struct alignas(16) mail {
 };
 
 // Shared memory: barriers, notes, mails, the largest tile, the blocks asked for, the first item (where the kernel
-// routes), the list of places, where the kernel routes the choice of experts, and from the next multiple of 1024 on the
-// ring: the weights of all stages, whose places do not depend on the largest tile, then the tokens of all, and behind
-// it the finished tiles of both multiplying warpgroups.
+// routes), the pace, the list of places, where the kernel routes the choice of experts, and from the next multiple of
+// 1024 on the ring: the weights of all stages, whose places do not depend on the largest tile, then the tokens of all,
+// and behind it the finished tiles of both multiplying warpgroups.
 constexpr int WEIGHTS_FULL = 0, TOKENS_FULL = WEIGHTS_FULL + MAX_STAGES * 8, EMPTY = TOKENS_FULL + MAX_STAGES * 8;
 constexpr int NOTE_FULL = EMPTY + MAX_STAGES * 8, NOTE_EMPTY = NOTE_FULL + NOTES * 8;
 constexpr int MAIL_FULL = NOTE_EMPTY + NOTES * 8, MAIL_EMPTY = MAIL_FULL + MULTIPLIERS * MAILS * 8;
@@ -57,7 +57,7 @@ constexpr int MEASURED = MAIL_EMPTY + MULTIPLIERS * MAILS * 8, CHOSEN = MEASURED
 constexpr int NOTE = (FIRST_ROWS + 8 + 15) / 16 * 16;
 constexpr int MAIL = NOTE + NOTES * sizeof(moe_decode_task);
 constexpr int LARGEST = MAIL + MULTIPLIERS * MAILS * sizeof(mail), ASKED = LARGEST + 4, FIRST_ITEM = ASKED + 4;
-constexpr int PLACES = (FIRST_ITEM + 4 + 7) / 8 * 8;
+constexpr int PACE = FIRST_ITEM + 4, PLACES = (PACE + 4 + 7) / 8 * 8;
 
 // Widths of tiles, in tokens: 8, or a multiple of 16. A stage's tokens are multiplied by so many.
 constexpr int WIDTHS = MOE_DECODE_TOKENS / 16 + 1;
@@ -190,6 +190,12 @@ struct follower {
     __device__ int32_t *asked() const
     {
         return reinterpret_cast<int32_t *>(__cvta_shared_to_generic(shared + ASKED));
+    }
+
+    // How many stages may be under way in the last piece (pace.cuh). Only by atomics as well.
+    __device__ uint32_t *pace() const
+    {
+        return reinterpret_cast<uint32_t *>(__cvta_shared_to_generic(shared + PACE));
     }
 
     // Where the kernel routes: known when the choice is.

@@ -4,6 +4,7 @@
 #define MOE_KERNELS_CUDA_DECODE_WGMMA_LOAD_CUH
 
 #include "kernels/cuda/decode/first.cuh"
+#include "kernels/cuda/decode/pace.cuh"
 #include "kernels/cuda/decode/wgmma_block.cuh"
 
 namespace
@@ -26,6 +27,14 @@ template <int PER> struct weight_loader : follower {
         oldest.next(stages);
     }
 
+    __device__ __forceinline__ void look_at_pace()
+    {
+        uint32_t most = 0;
+        if (threadIdx.x % 32 == 0)
+            most = atomicAdd(pace(), 0);
+        most_under_way = min(__shfl_sync(0xffffffffu, most, 0), stages);
+    }
+
     __device__ __forceinline__ void load(const moe_decode_task &task)
     {
         if (task.gemm2)
@@ -45,6 +54,8 @@ template <int PER> struct weight_loader : follower {
         for (; block < task.end; block++) {
             const bool is_early = task.gemm2 && early < stages;
             early += is_early;
+            if (task.last && block % MOE_PACE_STEP == 0)
+                look_at_pace();
 #pragma unroll 1
             for (under_way++; under_way > (is_early ? args.early : most_under_way); under_way--)
                 await_oldest();
@@ -83,7 +94,7 @@ template <int PER> struct weight_loader : follower {
             }
             first = moe_first_from(first, of);
             measure(experts.largest);
-            task.gemm2 = 0;
+            task.gemm2 = task.last = 0;
             task.group = experts.id(first.tile);
             task.band = first.band;
             task.begin = first.begin;
@@ -98,7 +109,7 @@ template <int PER> struct weight_loader : follower {
     __device__ __forceinline__ void guess(moe_decode_task &task)
     {
         const moe_decode_band own = moe_decode_band_of(args.decode.gemm[0], blockIdx.x);
-        task.gemm2 = task.guessed = 0;
+        task.gemm2 = task.last = task.guessed = 0;
         task.group = own.group;
         task.band = own.band;
         task.begin = 0;
