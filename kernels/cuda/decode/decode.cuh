@@ -238,6 +238,7 @@ struct moe_decode_walk {
         return -1;
     }
 
+    // Of GEMM 2. Past the last item as well, for who has had no piece.
     __device__ __forceinline__ bool in_last_piece() const
     {
         return gemm2 && item - first >= work.whole && work.pieces > 0;

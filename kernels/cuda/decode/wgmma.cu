@@ -104,7 +104,7 @@ template <int PER> struct walker : follower {
             __syncwarp();
             note.next(NOTES);
             if (task.rows == 0) {
-                if (first && walk.work.pieces > 0)
+                if (first && walk.in_last_piece())
                     await_asked(walk, told, told);
                 return;
             }
@@ -116,14 +116,13 @@ template <int PER> struct walker : follower {
     {
         const bool paced = walk.in_last_piece();
         int32_t now, behind;
-        do {
-            now = atomicAdd(asked(), 0);
+        while (now = atomicAdd(asked(), 0), now < enough) {
             if (!paced)
                 continue;
             if (reports.report(args.decode, walk, told - now, &behind))
                 atomicExch(pace(), (uint32_t)max(MOE_PACED_LEAST, min((int)UNDER_WAY + behind / 2, MOE_PACED_MOST)));
             __nanosleep(200); // a block of K takes twice as long and more
-        } while (now < enough);
+        }
     }
 
     // Guessed blocks past the end of the ring are lost. Nobody may use that memory before they have come.

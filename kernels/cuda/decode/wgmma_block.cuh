@@ -28,9 +28,10 @@ constexpr int ROW_BYTES = MOE_PACKED_ROW_BYTES, COLS = MOE_PACKED_COLS, TILE_BYT
 
 // Stages at most. The ring takes what shared memory there is; where tiles are small this is where it ends.
 constexpr int MAX_STAGES = 12;
-// Of these, whose weights may be under way at a time. 64 KB are enough to keep memory busy; with twice that the queues
-// to it fill up, and it delivers up to a tenth less. Where a block has few stages of GEMM 2, whoever is early with GEMM
-// 1 fills the ring more slowly, for GEMM 2 has to wait for the others, and most of theirs is still to come.
+// Of these, whose weights may be under way at a time. 64 KB are enough to keep memory busy; with twice that in all
+// blocks the queues to it fill up, and it delivers up to a tenth less. Where a block has few stages of GEMM 2, whoever
+// is early with GEMM 1 fills the ring more slowly, for GEMM 2 has to wait for the others, and most of theirs is still
+// to come.
 constexpr uint32_t UNDER_WAY = 4, UNDER_WAY_EARLY = 3;
 // Before the routing is known there are fewer: it reads its logits and its instructions from the same memory.
 constexpr uint32_t UNDER_WAY_GUESSED = 3;
