@@ -10,7 +10,8 @@
 #include "kernels/cuda/decode/decode.cuh"
 
 // A piece's last blocks of K, or three quarters of the average piece if that is fewer: enough to catch up by what
-// blocks are apart, and at 132 workers some 70 additions a microsecond to one number, which all of GEMM 2 would feel.
+// blocks are apart. With 132 workers these are some 70 additions a microsecond to one number; for longer that has cost
+// more than it gave.
 constexpr int MOE_PACED_BLOCKS = 64;
 constexpr int MOE_PACE_STEP = 4; // blocks from one report to the next
 // Stages under way. More than usual (wgmma_block.cuh) is no harm as long as few blocks have them.

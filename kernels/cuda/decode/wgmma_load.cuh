@@ -27,6 +27,7 @@ template <int PER> struct weight_loader : follower {
         oldest.next(stages);
     }
 
+    // The walker sets it, in the last piece (pace.cuh).
     __device__ __forceinline__ void look_at_pace()
     {
         uint32_t most = 0;
