@@ -14,7 +14,8 @@
 // more than it gave.
 constexpr int MOE_PACED_BLOCKS = 64;
 constexpr int MOE_PACE_STEP = 4; // blocks from one report to the next
-// Stages under way. More than usual (wgmma_block.cuh) is no harm as long as few blocks have them.
+// Stages under way: one more than usual for every two blocks that the average is ahead, one fewer for every two that it
+// is behind. Many are no harm as long as few blocks have them (wgmma_block.cuh).
 constexpr int MOE_PACED_LEAST = 3, MOE_PACED_MOST = 8;
 
 // What a block has reported, by one of its threads. All blocks add it up in args.paced.
