@@ -103,6 +103,19 @@ static void draw_long_sums(struct test_case *c, struct random *random)
     c->tokens = PICK(random, 1, 2, 3, 8, 9, 17, 40);
 }
 
+/* The second sum so long, and experts of so many rows, that prefill cuts its last items, whole tiles of tokens and
+ * bands of weights among them. As that costs up to some seconds it is not shrunk; `small`: as little as can be. */
+static void draw_cut_items(struct test_case *c, struct random *random, bool small)
+{
+    const int64_t blocks = small ? 40 : random_one_in(random, 4) ? 96 : random_between(random, 40, 48);
+
+    c->hidden = 8 * random_between(random, 8, small ? 17 : 65);
+    c->intermediate = 64 * blocks + PICK(random, -8, 0, 8);
+    c->experts = small ? 1 : (int32_t)random_between(random, 1, 3);
+    c->top_k = c->slots = (int32_t)random_between(random, 1, c->experts);
+    c->tokens = small ? PICK(random, 1, 17, 40, 200) : PICK(random, 100, 192, 193, 225, 256, 257, 400) / c->slots;
+}
+
 /* Keeps what kind of number a width is. */
 static int64_t halve_width(int64_t width)
 {
@@ -158,7 +171,7 @@ void case_draw(struct test_case *c, uint64_t seed, struct case_kind kind)
     struct random random = {seed};
     /* multiply-adds of the experts, and elements of w13 and w2 */
     int64_t work = kind.gpu ? 20000000 : 2000000, elements = kind.gpu ? 2000000 : 600000;
-    const bool eights = kind.gpu && !random_one_in(&random, 4);
+    const bool eights = (kind.gpu && !random_one_in(&random, 4)) || kind.cut;
     const int64_t step = eights ? 8 : 1;
 
     memset(c, 0, sizeof *c);
@@ -195,7 +208,9 @@ void case_draw(struct test_case *c, uint64_t seed, struct case_kind kind)
     if (random_one_in(&random, 4)) /* a caller may bring more slots than the layer has, even than it has experts */
         c->slots = (int32_t)random_between(&random, 1, random_one_in(&random, 4) ? MOE_MAX_TOP_K : 20);
 
-    if (!kind.small && random_one_in(&random, 40)) { /* as many experts and slots as there may be */
+    if (kind.cut || (!kind.small && eights && random_one_in(&random, 40))) {
+        draw_cut_items(c, &random, kind.small);
+    } else if (!kind.small && random_one_in(&random, 40)) { /* as many experts and slots as there may be */
         c->experts = (int32_t)PICK(&random, 129, 160, 255, 256, 257, 512, 1000, MOE_MAX_EXPERTS);
         c->top_k = (int32_t)random_between(&random, 1, PICK(&random, 32, MOE_MAX_TOP_K));
         c->slots = random_one_in(&random, 2) ? MOE_MAX_TOP_K : c->top_k;
@@ -283,8 +298,8 @@ static int64_t draw_id(struct random *random, const struct test_case *c, int64_t
  * pairs. Those that are left have no expert. */
 static void make_edges(struct random *random, const struct test_case *c, int32_t *ids)
 {
-    static const int64_t edges[] = {7,  8,   9,   15,  16,  17,  31,  32,  33,  63,  64,  65,  95, 96,
-                                    97, 127, 128, 129, 191, 192, 193, 255, 256, 257, 511, 512, 513};
+    static const int64_t edges[] = {7,   8,   9,   15,  16,  17,  31,  32,  33,  63,  64,  65,  95,  96,  97,
+                                    127, 128, 129, 191, 192, 193, 208, 209, 225, 255, 256, 257, 511, 512, 513};
     const int64_t pairs = c->tokens * c->slots;
     int64_t used = 0;
 

@@ -71,6 +71,8 @@ void check_fail(struct checker *checker, const char *format, ...)
                moe_path_name(checker->path), checker->c->seed);
         if (checker->kind.small)
             printf(" --small");
+        if (checker->kind.cut)
+            printf(" --cut");
         if (checker->only_layout >= 0)
             printf(" --layout %s", layout_names[checker->only_layout]);
         if (checker->only_config != NULL)

@@ -68,9 +68,10 @@ struct test_case {
     float *logits;  /* [T, E], adversarial: what the top-k step is given */
 };
 
-/* How large, and for which device: most cases for a GPU have sizes that the paths on its tensor cores take. */
+/* How large, and for which device: most cases for a GPU have sizes that the paths on its tensor cores take. `cut`: all
+ * have items that prefill cuts. */
 struct case_kind {
-    bool small, gpu;
+    bool small, gpu, cut;
 };
 
 /* Shape and dtypes only, then the memory. */

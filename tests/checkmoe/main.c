@@ -33,6 +33,7 @@ static const char usage[] =
     "  --seed S               the first of all cases' seeds (1)\n"
     "  --case-seed X          run only the case of this seed\n"
     "  --small                tiny shapes only (for compute-sanitizer and valgrind)\n"
+    "  --cut                  only layers of which prefill cuts items\n"
     "  --max-sms N            instead of what the cases say\n"
     "  --break NAME|all       plant a bug into each result and expect it to be found\n"
     "  --large                buffers of more than 2^31 elements (GPU)\n"
@@ -310,7 +311,8 @@ static bool parse(int argc, char **argv, struct options *o, struct checker *chec
         {"device", 1, NULL, 'd'}, {"path", 1, NULL, 'p'},      {"op", 1, NULL, 'o'},    {"cases", 1, NULL, 'n'},
         {"seed", 1, NULL, 's'},   {"case-seed", 1, NULL, 'x'}, {"small", 0, NULL, 'm'}, {"max-sms", 1, NULL, 'q'},
         {"break", 1, NULL, 'k'},  {"large", 0, NULL, 'l'},     {"bench", 1, NULL, 'b'}, {"dtype", 1, NULL, 't'},
-        {"layout", 1, NULL, 'y'}, {"config", 1, NULL, 'c'},    {"help", 0, NULL, 'h'},  {NULL, 0, NULL, 0},
+        {"layout", 1, NULL, 'y'}, {"config", 1, NULL, 'c'},    {"cut", 0, NULL, 'u'},   {"help", 0, NULL, 'h'},
+        {NULL, 0, NULL, 0},
     };
     uint64_t number;
     bool fine = true;
@@ -338,6 +340,9 @@ static bool parse(int argc, char **argv, struct options *o, struct checker *chec
             break;
         case 'm':
             checker->kind.small = true;
+            break;
+        case 'u':
+            checker->kind.cut = true;
             break;
         case 'y':
             for (int layout = 0; layout < LAYOUTS; layout++)

@@ -12,8 +12,9 @@
 #include "config/convert.h"
 #include "runtime/internal.h"
 
-/* Some 130 rows an expert, more for one and fewer for another: tiles of every size. */
-enum { TOKENS = 520, HIDDEN = 256, INTERMEDIATE = 200, EXPERTS = 16, TOP_K = 4, SKIP = 77 };
+/* Some 130 rows an expert, more for one and fewer for another: tiles of every size. GEMM 2's sums are so long that
+ * prefill cuts some of them, with other routing others. */
+enum { TOKENS = 520, HIDDEN = 256, INTERMEDIATE = 2600, EXPERTS = 16, TOP_K = 4, SKIP = 77 };
 
 static moe_context *ctx;
 static moe_dtype dtype; /* of all tensors */

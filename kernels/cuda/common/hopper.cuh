@@ -131,7 +131,16 @@ static __device__ inline void moe_tensor_load_5d(uint32_t to, const CUtensorMap 
                  : "memory");
 }
 
-// These two to both blocks, like moe_bulk_load_both().
+// These to both blocks, like moe_bulk_load_both().
+static __device__ inline void moe_tensor_load_2d_both(uint32_t to, const CUtensorMap *map, int c0, int c1,
+                                                      uint32_t barrier)
+{
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+                 "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
+                 "l"(map), "r"(c0), "r"(c1), "r"(barrier), "h"((uint16_t)3)
+                 : "memory");
+}
+
 static __device__ inline void moe_tensor_load_3d_both(uint32_t to, const CUtensorMap *map, int c0, int c1, int c2,
                                                       uint32_t barrier)
 {
@@ -283,6 +292,10 @@ template <typename T, int N> struct moe_wgmma;
 #define MOE_D9  "%72, %73, %74, %75, %76, %77, %78, %79"
 #define MOE_D10 "%80, %81, %82, %83, %84, %85, %86, %87"
 #define MOE_D11 "%88, %89, %90, %91, %92, %93, %94, %95"
+#define MOE_D12 "%96, %97, %98, %99, %100, %101, %102, %103"
+#define MOE_D13 "%104, %105, %106, %107, %108, %109, %110, %111"
+#define MOE_D14 "%112, %113, %114, %115, %116, %117, %118, %119"
+#define MOE_D15 "%120, %121, %122, %123, %124, %125, %126, %127"
 #define MOE_L1  MOE_D0
 #define MOE_L2  MOE_L1 ", " MOE_D1
 #define MOE_L3  MOE_L2 ", " MOE_D2
@@ -295,6 +308,10 @@ template <typename T, int N> struct moe_wgmma;
 #define MOE_L10 MOE_L9 ", " MOE_D9
 #define MOE_L11 MOE_L10 ", " MOE_D10
 #define MOE_L12 MOE_L11 ", " MOE_D11
+#define MOE_L13 MOE_L12 ", " MOE_D12
+#define MOE_L14 MOE_L13 ", " MOE_D13
+#define MOE_L15 MOE_L14 ", " MOE_D14
+#define MOE_L16 MOE_L15 ", " MOE_D15
 #define MOE_O(i)                                                                                                       \
     "+f"(d[8 * i]), "+f"(d[8 * i + 1]), "+f"(d[8 * i + 2]), "+f"(d[8 * i + 3]), "+f"(d[8 * i + 4]),                    \
         "+f"(d[8 * i + 5]), "+f"(d[8 * i + 6]), "+f"(d[8 * i + 7])
@@ -310,6 +327,10 @@ template <typename T, int N> struct moe_wgmma;
 #define MOE_R10 MOE_R9, MOE_O(9)
 #define MOE_R11 MOE_R10, MOE_O(10)
 #define MOE_R12 MOE_R11, MOE_O(11)
+#define MOE_R13 MOE_R12, MOE_O(12)
+#define MOE_R14 MOE_R13, MOE_O(13)
+#define MOE_R15 MOE_R14, MOE_O(14)
+#define MOE_R16 MOE_R15, MOE_O(15)
 // The inputs are numbered after the n / 2 registers: a, b, p. The upper half of what describes a matrix is the same for
 // all: this swizzle, and 1024 bytes from eight rows to the next.
 #define MOE_WGMMA(type, name, n, eighths, a_, b_, p_)                                                                  \
@@ -343,6 +364,10 @@ MOE_WGMMA_BOTH(144, 9, 72, 73, 74)
 MOE_WGMMA_BOTH(160, 10, 80, 81, 82)
 MOE_WGMMA_BOTH(176, 11, 88, 89, 90)
 MOE_WGMMA_BOTH(192, 12, 96, 97, 98)
+MOE_WGMMA_BOTH(208, 13, 104, 105, 106)
+MOE_WGMMA_BOTH(224, 14, 112, 113, 114)
+MOE_WGMMA_BOTH(240, 15, 120, 121, 122)
+MOE_WGMMA_BOTH(256, 16, 128, 129, 130)
 
 #undef MOE_D0
 #undef MOE_D1
@@ -356,6 +381,10 @@ MOE_WGMMA_BOTH(192, 12, 96, 97, 98)
 #undef MOE_D9
 #undef MOE_D10
 #undef MOE_D11
+#undef MOE_D12
+#undef MOE_D13
+#undef MOE_D14
+#undef MOE_D15
 #undef MOE_LHALF
 #undef MOE_RHALF
 #undef MOE_L1
@@ -382,6 +411,14 @@ MOE_WGMMA_BOTH(192, 12, 96, 97, 98)
 #undef MOE_R11
 #undef MOE_L12
 #undef MOE_R12
+#undef MOE_L13
+#undef MOE_R13
+#undef MOE_L14
+#undef MOE_R14
+#undef MOE_L15
+#undef MOE_R15
+#undef MOE_L16
+#undef MOE_R16
 #undef MOE_O
 #undef MOE_WGMMA
 #undef MOE_WGMMA_BOTH

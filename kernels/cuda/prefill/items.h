@@ -14,7 +14,14 @@
  * groups with one tile are spread evenly among the others.
  *
  * Two blocks of a cluster can take an item together: two tiles of a group with the same band, whose weights each block
- * brings half of for both; or where a tile is left over two bands of it.
+ * brings half of for both; or where a tile is left over two bands of it, whose tokens each brings part of for both. The
+ * two tiles of a group of up to `joint` rows they take as one, each with half of the band's rows: that takes least from
+ * shared memory, which a broad band with few tokens keeps busier than the tensor cores.
+ *
+ * As items are long, workers would end up to an item apart. So the last items of GEMM 2 can be cut into slices of K:
+ * first comes the first slice of each, then the second of each, and so on. Whoever has the last one adds the others'
+ * sums to its own, in the order of slices, whenever they came. They have lower numbers, so that this waits for nothing
+ * that comes later either. How many are cut follows from how many items there are (moe_items_finish).
  */
 #ifndef MOE_KERNELS_CUDA_PREFILL_ITEMS_H
 #define MOE_KERNELS_CUDA_PREFILL_ITEMS_H
@@ -42,6 +49,7 @@ struct moe_item_table {
     int32_t row[MOE_ITEM_TABLE + 1];  /* the first of each entry, in the order of groups; then the end of all */
     int32_t first;                    /* tiles of the entries that come first */
     uint32_t share;                /* of tiles that the others have, in units of 2^-32, rounded up; 0: nothing to mix */
+    int32_t cut, slices;           /* so many of GEMM 2's last items, into so many slices each */
     uint8_t order[MOE_ITEM_TABLE]; /* which one, in the order of groups, each entry is */
 };
 
@@ -54,24 +62,33 @@ struct moe_items {
     int32_t nmax;
     int32_t bands1, bands2; /* of w13 and w2 */
     int32_t blocks;         /* that take an item together: 1 or 2 */
+    int32_t joint;          /* rows of a group up to which two blocks take its two tiles as one; 0: they never do */
+    int32_t most_slices;    /* of an item that is cut; 1: none is */
+    int32_t room;           /* slices, of all items that are cut, whose sums can be left for whoever has the last one */
+    int32_t workers;        /* blocks, or pairs of them, that take items */
+    bool memory_bound;      /* most groups have one tile */
 };
 
 struct moe_item {
     int32_t row;  /* the first of its rows in the plan */
-    int32_t rows; /* 1 to nmax; 0: nothing (moe_items_at), or in the kernel: there are no more items */
+    int32_t rows; /* 1 to nmax, or joint; 0: nothing (moe_items_at), or in the kernel: there are no more items */
     int32_t tile, group, band;
     bool gemm2;
-    bool once;   /* no other tile needs these weights */
-    bool shared; /* by two blocks: the other one has the same band */
-    bool idle;   /* it is the other block's, and this one only goes along */
-    bool early;  /* in the kernel: the next item is taken some time before this one ends */
+    bool once;            /* no other tile needs these weights */
+    bool shared;          /* by two blocks: the other one has the same band, of another tile */
+    bool joint;           /* of two blocks each has half of the band. `tile` is the first of the two that are one */
+    bool idle;            /* it is the other block's, and this one only goes along */
+    bool early;           /* in the kernel: the next item is taken some time before this one ends */
+    int32_t cut;          /* which of the items that are cut; -1: it is whole */
+    int8_t slice, slices; /* and which slice of it, of how many */
 };
 
-/* Without the arrays. The number of items must fit in 31 bits. */
+/* Without the arrays, and nothing is cut. The number of items must fit in 31 bits. `joint` is at most 2 * nmax, and 0
+ * for one block. */
 static inline struct moe_items moe_items_make(int32_t groups, int32_t nmax, int32_t bands1, int32_t bands2,
-                                              int32_t blocks)
+                                              int32_t blocks, int32_t joint)
 {
-    struct moe_items items = {NULL, NULL, groups, groups, 0, nmax, bands1, bands2, blocks};
+    struct moe_items items = {NULL, NULL, groups, groups, 0, nmax, bands1, bands2, blocks, joint, 1, 0, 1, false};
     while (items.entries > MOE_ITEM_TABLE)
         items.entries = ((groups - 1) >> ++items.shift) + 1;
     return items;
@@ -122,14 +139,6 @@ static MOE_HOST_DEVICE inline bool moe_items_is_first(const struct moe_items *it
     return tiles > moe_items_entry_groups(items, entry);
 }
 
-/* Completes a table of so many tiles, of which the first entries have `first`. */
-static MOE_HOST_DEVICE inline void moe_items_finish(struct moe_item_table *table, uint32_t tiles, uint32_t first)
-{
-    const uint64_t others = tiles - first;
-    table->first = (int32_t)first;
-    table->share = first > 0 && others > 0 ? (uint32_t)(((others << 32) + tiles - 1) / tiles) : 0;
-}
-
 /* Where item `at` of a GEMM is in the order of the table. Of the items before it those of the other entries have their
  * share, rounded down; it is one of theirs if with it that is one more. */
 static MOE_HOST_DEVICE inline uint32_t moe_items_mix(const struct moe_items *items, int32_t of_tile, uint32_t at)
@@ -146,10 +155,47 @@ static MOE_HOST_DEVICE inline int32_t moe_items_of_tile(int32_t bands, int32_t b
     return blocks == 2 ? (bands + 1) / 2 : bands;
 }
 
+/* Completes a table of so many tiles, of which the first entries have `first`.
+ *
+ * When all workers have had the same number of GEMM 2's items, those that are left over keep only some of them busy. So
+ * as many items are cut, or more, into as many slices as there is room for then, but into two at least. If nearly all
+ * workers have one of those left over, only drift is to be made good: a quarter as many items as workers are cut. Or
+ * none if memory is the limit: when some workers have ended, the others have its speed to themselves. Of two blocks
+ * also items past an odd number of bands count, which are nothing. */
+static MOE_HOST_DEVICE inline void moe_items_finish(const struct moe_items *items, struct moe_item_table *table,
+                                                    uint32_t tiles, uint32_t first)
+{
+    const uint64_t others = tiles - first;
+    table->first = (int32_t)first;
+    table->share = first > 0 && others > 0 ? (uint32_t)(((others << 32) + tiles - 1) / tiles) : 0;
+
+    table->cut = 0;
+    table->slices = 1;
+    if (items->most_slices == 1)
+        return;
+    const int32_t count = (int32_t)tiles * moe_items_of_tile(items->bands2, items->blocks);
+    const int32_t left = count % items->workers;
+    int32_t slices = items->most_slices, most = items->workers / 4;
+    if (left > 0 && left < items->workers - items->workers / 8) {
+        while (slices > 2 && items->room / (slices - 1) < left)
+            slices--;
+        most = items->workers;
+    } else if (items->memory_bound) {
+        slices = 1;
+    }
+    int32_t cut = slices > 1 ? items->room / (slices - 1) : 0;
+    cut = cut < most ? cut : most;
+    table->cut = cut < count ? cut : count;
+    table->slices = slices;
+}
+
+/* Each slice counts for itself. */
 static MOE_HOST_DEVICE inline int32_t moe_items_count(const struct moe_items *items)
 {
+    const int32_t more = items->most_slices > 1 ? items->table->cut * (items->table->slices - 1) : 0;
     return items->table->tile[items->entries] *
-           (moe_items_of_tile(items->bands1, items->blocks) + moe_items_of_tile(items->bands2, items->blocks));
+               (moe_items_of_tile(items->bands1, items->blocks) + moe_items_of_tile(items->bands2, items->blocks)) +
+           more;
 }
 
 /* Of 32 entries, from `entry` on and `step` apart, how many begin with item `at` of a GEMM or before. On the device by
@@ -190,7 +236,21 @@ static MOE_HOST_DEVICE inline struct moe_item moe_items_at(const struct moe_item
     struct moe_item item;
     item.gemm2 = number >= items1;
     const int32_t bands = item.gemm2 ? items->bands2 : items->bands1, of_tile = moe_items_of_tile(bands, blocks);
-    const uint32_t at = moe_items_mix(items, of_tile, (uint32_t)(item.gemm2 ? number - items1 : number));
+    item.cut = -1;
+    item.slice = 0;
+    item.slices = 1;
+    if (item.gemm2) {
+        number -= items1;
+        const int32_t cut = items->most_slices > 1 ? items->table->cut : 0;
+        const int32_t whole = items->table->tile[items->entries] * of_tile - cut;
+        if (cut > 0 && number >= whole) {
+            item.slices = (int8_t)items->table->slices;
+            for (item.cut = number - whole; item.cut >= cut; item.slice++)
+                item.cut -= cut;
+            number = whole + item.cut;
+        }
+    }
+    const uint32_t at = moe_items_mix(items, of_tile, (uint32_t)number);
 
     const int32_t entry = moe_items_entry(items, of_tile, at), place = items->table->order[entry];
     int32_t tile = items->table->tile[entry], own = items->table->tile[entry + 1] - tile;
@@ -223,9 +283,17 @@ static MOE_HOST_DEVICE inline struct moe_item moe_items_at(const struct moe_item
         item.band -= item.idle;
         mine = own - 1;
     }
-    item.tile = tile + mine;
     const int32_t *row = items->shift > 0 ? items->offsets + item.group : items->table->row + place;
-    const struct moe_item_rows rows = moe_items_rows(row[1] - row[0], own, mine);
+    const int32_t count = row[1] - row[0];
+    struct moe_item_rows rows = moe_items_rows(count, own, mine);
+    item.joint = blocks == 2 && own == 2 && count <= items->joint;
+    if (item.joint) {
+        rows.first = mine = 0;
+        rows.count = count;
+        item.once = true;
+        item.shared = false;
+    }
+    item.tile = tile + mine;
     item.row = row[0] + rows.first;
     item.rows = item.band < bands ? rows.count : 0;
     return item;

@@ -45,7 +45,7 @@ size_t moe_scratch_prefill(const struct moe_call *call)
 
 size_t moe_zeroed_prefill(const struct moe_call *call)
 {
-    return moe_scratch_prefill(call);
+    return moe_zeroed_prefill_wgmma(call);
 }
 
 moe_status moe_ffn_prefill(const struct moe_call *call)

@@ -16,8 +16,9 @@ namespace
 struct choice {
     const char *name;
     int nmax;
-    bool ordered; // GEMM 1's tokens are put into plan order first
+    bool ordered; // GEMM 1's tokens are put into plan order first; and the last items can be cut
     int blocks;   // that take an item together
+    int joint;    // rows of a group up to which these take its two tiles as one
     moe_status (*bf16)(const ffn_args &args, unsigned grid, bool dependent, cudaStream_t stream, struct moe_error *err);
     moe_status (*f16)(const ffn_args &args, unsigned grid, bool dependent, cudaStream_t stream, struct moe_error *err);
 };
@@ -30,16 +31,26 @@ moe_status launch(const ffn_args &args, unsigned grid, bool dependent, cudaStrea
     return moe_launched(err, "ffn prefill");
 }
 
+using ordered = ffn_shape<192, 4, true, false>;
+constexpr int SUM_BYTES = ordered::SUM_BYTES;
+
 template <class Shape> constexpr choice make_choice(const char *name)
 {
-    return {name, Shape::NMAX, Shape::ORDERED, Shape::BLOCKS, launch<__nv_bfloat16, Shape>, launch<__half, Shape>};
+    static_assert(Shape::SUM_BYTES == SUM_BYTES || !Shape::CUTS, "the workspace is the same for all tiles");
+    return {name,
+            Shape::NMAX,
+            Shape::ORDERED,
+            Shape::BLOCKS,
+            Shape::JOINT,
+            launch<__nv_bfloat16, Shape>,
+            launch<__half, Shape>};
 }
 
 enum { TILE_128 = 1, TILE_192, TILE_192_ROWS, TILE_192_PAIR, TILES = TILE_192_PAIR };
 const choice choices[TILES] = {
     make_choice<ffn_shape<128, 4, false, false>>("wgmma-128"), // the smallest comes first
     make_choice<ffn_shape<192, 4, false, false>>("wgmma-192"),
-    make_choice<ffn_shape<192, 4, true, false>>("wgmma-192-rows"),
+    make_choice<ordered>("wgmma-192-rows"),
     make_choice<ffn_shape<192, 4, true, true>>("wgmma-192-pair"),
 };
 
@@ -70,19 +81,62 @@ bool reads_once(const struct moe_call *call)
 // longer for what it reads than the weights are there sooner.
 constexpr int GUESSED_TILES = 2;
 
-// ---- Scratch memory: the items' counter and that of all results, in parts of their own, then the tiles' ----
-
-constexpr size_t COUNTER_BYTES = 256;
-
 moe_items items_of(const struct moe_call *call, const choice &chosen)
 {
     return moe_items_make(call->plan.groups, chosen.nmax, (int32_t)moe_ceil_div(2 * call->intermediate, MOE_BAND_ROWS),
-                          (int32_t)moe_ceil_div(call->hidden, MOE_BAND_ROWS), chosen.blocks);
+                          (int32_t)moe_ceil_div(call->hidden, MOE_BAND_ROWS), chosen.blocks, chosen.joint);
 }
 
 int64_t max_tiles(const struct moe_call *call, const choice &chosen)
 {
     return moe_max_tiles(call->tokens * call->slots, call->plan.groups, chosen.nmax);
+}
+
+// ---- Items that are cut (items.h) ----
+
+// Blocks of K in GEMM 2 from which on its last items may be cut into two slices, and into up to four: what a slice
+// leaves is written and read, which takes as long as some blocks.
+constexpr int TWO_SLICES = 40, FOUR_SLICES = 96;
+static_assert(TWO_SLICES / 2 - 1 >= WARPGROUP / 32 && FOUR_SLICES / MOST_SLICES - (MOST_SLICES - 1) >= WARPGROUP / 32,
+              "each loading warp has a block of every slice, of the last one too, which is a little shorter");
+
+int32_t most_slices(const struct moe_call *call)
+{
+    const int64_t blocks = moe_packed_blocks(call->intermediate);
+    return blocks >= FOUR_SLICES ? MOST_SLICES : blocks >= TWO_SLICES ? 2 : 1;
+}
+
+// How many slices can leave their sums: one for each SM, as far as that stays a small part of what act and down take.
+// With more tokens it is not less.
+int64_t room_for_sums(const struct moe_call *call)
+{
+    constexpr int64_t SMALL = 7 << 20, PART = 12;
+    if (!moe_has_wgmma(call->exec->compute_capability) || most_slices(call) == 1)
+        return 0;
+    const int64_t act_and_down = call->tokens * call->slots * (call->intermediate + call->hidden) * 2;
+    const int64_t room = (SMALL + act_and_down / PART) / SUM_BYTES;
+    return room < call->exec->sms ? room : call->exec->sms;
+}
+
+// ---- Scratch memory: the items' counter and that of all results, in parts of their own, then the tiles', those of
+// sums, and behind all that must be zero the sums ----
+
+constexpr size_t COUNTER_BYTES = 256;
+
+struct layout {
+    size_t finished, summed, sums, bytes; // where these begin, and where the last ones end
+};
+
+layout layout_of(const struct moe_call *call)
+{
+    const auto aligned = [](size_t bytes) { return moe_ceil_div(bytes, 256) * 256; };
+    const size_t tiles = (size_t)max_tiles(call, choices[0]); // the smallest ones are the most
+    layout at = {};
+    at.finished = COUNTER_BYTES;
+    at.summed = at.finished + aligned(tiles * sizeof(int32_t));
+    at.sums = at.summed + aligned((size_t)room_for_sums(call) * SUMMING_WARPS * sizeof(int32_t));
+    at.bytes = at.sums + (size_t)room_for_sums(call) * SUM_BYTES;
+    return at;
 }
 
 // ---- Tensor maps ----
@@ -129,8 +183,12 @@ int32_t moe_wgmma_tile(const struct moe_call *call)
 
 size_t moe_scratch_prefill_wgmma(const struct moe_call *call)
 {
-    // The smallest tiles are the most.
-    return COUNTER_BYTES + moe_ceil_div(max_tiles(call, choices[0]) * sizeof(int32_t), 16) * 16;
+    return layout_of(call).bytes;
+}
+
+size_t moe_zeroed_prefill_wgmma(const struct moe_call *call)
+{
+    return layout_of(call).sums;
 }
 
 moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
@@ -146,31 +204,37 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
                         "path 'prefill': %lld tokens of %lld elements are too many for one call: split the batch",
                         (long long)call->tokens, (long long)call->hidden);
 
-    const moe_items shape = items_of(call, chosen);
-    const int64_t items = max_tiles(call, chosen) * (shape.bands1 + shape.bands2);
+    const bool cuts = chosen.ordered && most_slices(call) > 1;
+    ffn_args args = {};
+    args.items = items_of(call, chosen);
+    args.items.most_slices = cuts ? most_slices(call) : 1;
+    args.items.room = (int32_t)(room_for_sums(call) / chosen.blocks); // of both blocks of a pair
+    args.items.memory_bound = reads_once(call);
+    const int64_t items =
+        max_tiles(call, chosen) * (args.items.bands1 + args.items.bands2) + (cuts ? room_for_sums(call) : 0);
     if (items > INT32_MAX)
         return moe_fail(call->error, MOE_ERROR_UNSUPPORTED,
                         "path 'prefill': %lld tokens in a layer of %lld x %lld are too many: split the batch",
                         (long long)call->tokens, (long long)call->hidden, (long long)call->intermediate);
 
-    ffn_args args = {};
+    const layout at = layout_of(call);
     args.x = call->x;
     args.row_token = call->plan.plan.row_token;
     args.taken = (uint32_t *)call->scratch;
     args.all_finished = (int32_t *)((char *)call->scratch + COUNTER_BYTES / 2);
-    args.finished = (int32_t *)((char *)call->scratch + COUNTER_BYTES);
-    args.items = shape;
+    args.finished = (int32_t *)((char *)call->scratch + at.finished);
+    args.summed = (int32_t *)((char *)call->scratch + at.summed);
+    args.sums = (char *)call->scratch + at.sums;
     args.items.offsets = call->plan.plan.offsets;
     args.hidden = (int32_t)call->hidden;
     args.intermediate = (int32_t)call->intermediate;
-    args.memory_bound = reads_once(call);
     moe_status status = map_rows(call, call->act, call->intermediate, &args.act);
     if (status == MOE_OK)
         status = map_rows(call, call->down, call->hidden, &args.down);
     if (call->w13.layout == MOE_LAYOUT_PACKED) {
         args.w13 = (const char *)call->w13.data;
         args.w2 = (const char *)call->w2.data;
-        if (args.memory_bound)
+        if (args.items.memory_bound)
             args.guess = moe_guessed_tiles(call->tokens * call->slots, call->plan.groups, GUESSED_TILES);
     } else {
         if (status == MOE_OK)
@@ -185,6 +249,7 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
     }
     if (status != MOE_OK)
         return status;
-    const unsigned grid = chosen.blocks * moe_grid(items, blocks_of(call) / chosen.blocks, call->exec->sms, 1);
+    args.items.workers = (int32_t)moe_grid(items, blocks_of(call) / chosen.blocks, call->exec->sms, 1);
+    const unsigned grid = (unsigned)(chosen.blocks * args.items.workers);
     return (call->dtype == MOE_F16 ? chosen.f16 : chosen.bf16)(args, grid, dependent, stream, call->error);
 }

@@ -24,27 +24,34 @@ struct ffn_args {
     const int32_t *row_token;      // [R]
     const char *w13, *w2;          // packed; NULL: row-major
     uint32_t *taken;               // items so far; zero at the start. Blocks that find none left count on
-    int32_t *finished;             // [tiles]: how many bands of GEMM 1 are done of each; zero at the start
+    int32_t *finished;             // [tiles]: how many bands of GEMM 1 are done of each, or halves of a joint one's;
+                                   // zero at the start
     int32_t *all_finished;         // the sum of those
     moe_items items;               // without the table
+    int32_t *summed;               // [items cut][blocks][slices but the last][SUMMING_WARPS]: 1: its sums are left;
+                                   // zero at the start
+    char *sums;                    // [items cut][blocks][slices but the last] of Shape::SUM_BYTES: what these leave
     int32_t hidden, intermediate;
-    bool memory_bound; // most groups have one tile
-    int32_t guess;     // tiles of weights to fetch before the routing is known
+    int32_t guess; // tiles of weights to fetch before the routing is known
 };
 
 constexpr int WARPGROUP = 128;
 constexpr int MULTIPLIERS = 2; // warpgroups
 constexpr int FFN_THREADS = (1 + MULTIPLIERS) * WARPGROUP;
+constexpr int SUMMING_WARPS = MULTIPLIERS * WARPGROUP / 32; // of a slice
+constexpr int MOST_SLICES = 4;                              // of an item
+static_assert((MOST_SLICES - 1) * SUMMING_WARPS <= 32, "a warp waits for them, each lane for one");
 constexpr int ROW_BYTES = MOE_PACKED_ROW_BYTES, COLS = MOE_PACKED_COLS, TILE_BYTES = MOE_PACKED_TILE_BYTES;
 constexpr int WEIGHT_BYTES = MULTIPLIERS * TILE_BYTES; // in a stage
 constexpr int M_BLOCKS = 2;                            // of 64 weight rows, to a warpgroup
 constexpr int SLOTS = 2;                               // items known in advance
 constexpr int NUMBERS = 8;                             // of items, that the second block of a pair may be behind
 
-// The part of a finished tile that is written to a lent stage: two pieces of 64 columns.
+// The part of a finished tile that is written to a lent stage: two pieces of 64 columns, or of a joint one a single
+// one.
 struct lent_tile {
     int row, rows;
-    int column, columns; // the first of the part's, and how many the matrix has; 0: nothing is written
+    int column, columns; // the first of the part's, and where the matrix or the part ends; 0: nothing is written
     int tile;            // whose results are complete with this; -1: none's, of GEMM 1
     bool gemm2;
 };
@@ -55,11 +62,15 @@ struct table_sums {
     int32_t tiles, first, first_tiles;
 };
 
+// Sums of 64 weight rows and a step of tokens.
+constexpr int SUM_UNIT = MOE_PACKED_ROWS / M_BLOCKS * MOE_ROW_STEP * 4;
+
 // NMAX tokens to a tile, STAGES in the ring. ORDERED: GEMM 1's tokens lie in `down`, in plan order. PAIRED: by clusters
-// of two blocks.
+// of two blocks. CUTS: the last items may be cut. A kernel whose threads gather tokens would be 0.5 to 1.5 % slower by
+// the code for it alone.
 template <int NMAX_, int STAGES_, bool ORDERED_, bool PAIRED_> struct ffn_shape {
     static constexpr int NMAX = NMAX_, STAGES = STAGES_;
-    static constexpr bool ORDERED = ORDERED_, PAIRED = PAIRED_;
+    static constexpr bool ORDERED = ORDERED_, PAIRED = PAIRED_, CUTS = ORDERED;
     static constexpr int BLOCKS = PAIRED ? 2 : 1; // that take an item together
 
     // Arrivals that fill a stage: of the thread that starts copies and, where threads gather tokens, of all of these.
@@ -70,6 +81,20 @@ template <int NMAX_, int STAGES_, bool ORDERED_, bool PAIRED_> struct ffn_shape 
     static constexpr int PIECE = NMAX * ROW_BYTES;
     static constexpr int STAGE = WEIGHT_BYTES + NMAX * ROW_BYTES;
     static_assert(2 * PIECE <= STAGE);
+
+    // Of a tile that both blocks of a pair take as one, a stage has half as many weights, and a lent one a single
+    // piece.
+    static constexpr int JOINT = PAIRED ? NMAX / 3 * 4 : 0;
+    static_assert(TILE_BYTES + JOINT * ROW_BYTES <= STAGE && JOINT <= M_BLOCKS * NMAX);
+
+    // What a slice of an item leaves comes through the ring, in so many stages, the sums of each warpgroup side by
+    // side. A stage has some steps' sums: of a step M times SUM_UNIT to a warpgroup.
+    static constexpr int SUM_STAGES = 4;
+    template <int M> static constexpr int STEPS = (M == M_BLOCKS ? NMAX : JOINT) / MOE_ROW_STEP;
+    template <int M> static constexpr int SUM_STEPS = (STEPS<M> + SUM_STAGES - 1) / SUM_STAGES;
+    static constexpr int HALF_SUMS = M_BLOCKS * SUM_STEPS<M_BLOCKS> * SUM_UNIT;
+    static constexpr int SUM_BYTES = SUM_STAGES * MULTIPLIERS * HALF_SUMS;
+    static_assert(MULTIPLIERS * HALF_SUMS <= STAGE && SUM_STEPS<1> * SUM_UNIT <= HALF_SUMS);
 
     // Shared memory.
     static constexpr int FULL = STAGES * STAGE, EMPTY = FULL + STAGES * 8, WRITTEN = EMPTY + STAGES * 8;
@@ -85,30 +110,91 @@ template <int NMAX_, int STAGES_, bool ORDERED_, bool PAIRED_> struct ffn_shape 
     static_assert(BYTES <= 227 * 1024, "a block of compute capability 9.0 has no more shared memory");
 };
 
-// Stages that are lent at the end of an item of so many blocks. In an item of GEMM 2 every loading warp has a stage,
-// and so sees to what it has left of GEMM 1.
-__device__ __forceinline__ int lent_stages(bool gemm2, int blocks)
+// The stages of an item: of operands, from block `first` of K on; of sums that other slices have left; and lent.
+template <class Shape> struct item_stages {
+    int first, blocks, sums, lent;
+
+    // K has `all` blocks. In an item of GEMM 2 every loading warp has a stage, and so sees to what it has left of
+    // GEMM 1. A slice that leaves its sums is long enough for that without those that are lent.
+    __device__ __forceinline__ item_stages(const moe_item &item, int all)
+        : first(0), blocks(all), sums(0), lent(item.gemm2 ? max(MULTIPLIERS, WARPGROUP / 32 - all) : 1)
+    {
+        if (!Shape::CUTS || item.cut < 0)
+            return;
+        const int each = (all + item.slices - 1) / item.slices;
+        first = item.slice * each;
+        blocks = min(each, all - first);
+        if (item.slice < item.slices - 1)
+            lent = 0;
+        else
+            sums = item.slice * Shape::SUM_STAGES;
+    }
+
+    __device__ __forceinline__ bool leaves_sums() const
+    {
+        return Shape::CUTS && lent == 0;
+    }
+};
+
+template <class Shape> __device__ __forceinline__ int block_rank()
 {
-    return gemm2 ? max(MULTIPLIERS, WARPGROUP / 32 - blocks) : 1;
+    return Shape::PAIRED ? (int)moe_cluster_rank() : 0;
 }
 
-// Where both kinds of warpgroups read what is next.
+// Whether multiplying warpgroup `half` of this block has a row of weights in an item.
+template <class Shape> __device__ __forceinline__ bool has_weights(const ffn_args &args, const moe_item &item, int half)
+{
+    const int rows = item.gemm2 ? args.hidden : 2 * args.intermediate;
+    const int first = Shape::PAIRED && item.joint
+                          ? block_rank<Shape>() * MOE_PACKED_ROWS + half * (MOE_PACKED_ROWS / M_BLOCKS)
+                          : half * MOE_PACKED_ROWS; // of the band's
+    return !item.idle && item.band * MOE_BAND_ROWS + first < rows;
+}
+
+// Of an item that is cut: the place of what a slice leaves in this block.
+template <class Shape> __device__ __forceinline__ int64_t slice_place(const moe_item &item, int slice)
+{
+    return ((int64_t)item.cut * Shape::BLOCKS + block_rank<Shape>()) * (item.slices - 1) + slice;
+}
+
+template <class Shape> __device__ __forceinline__ char *sums_of(const ffn_args &args, const moe_item &item, int slice)
+{
+    return args.sums + slice_place<Shape>(item, slice) * Shape::SUM_BYTES;
+}
+
+template <class Shape>
+__device__ __forceinline__ int32_t *summed_of(const ffn_args &args, const moe_item &item, int slice)
+{
+    return args.summed + slice_place<Shape>(item, slice) * SUMMING_WARPS;
+}
+
+// Where both kinds of warpgroups read what is next. A place and a parity would take one register more.
 template <class Shape> struct item_reader {
     const uint32_t shared;
-    moe_ring_place slot;
+    uint32_t items_read = 0;
+
+    __device__ __forceinline__ uint32_t slot() const
+    {
+        return items_read % SLOTS;
+    }
+
+    __device__ __forceinline__ uint32_t parity() const
+    {
+        return items_read / SLOTS % 2;
+    }
 
     // The next one in shared memory; without rows there is nothing left.
     __device__ __forceinline__ const moe_item &item() const
     {
-        moe_barrier_wait(shared + Shape::SLOT_FULL + slot.at * 8, slot.parity);
-        return static_cast<const moe_item *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[slot.at];
+        moe_barrier_wait(shared + Shape::SLOT_FULL + slot() * 8, parity());
+        return static_cast<const moe_item *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[slot()];
     }
 
     // Each thread says for itself that it no longer reads the slot.
     __device__ __forceinline__ void done()
     {
-        moe_barrier_arrive(shared + Shape::SLOT_EMPTY + slot.at * 8);
-        slot.next(SLOTS);
+        moe_barrier_arrive(shared + Shape::SLOT_EMPTY + slot() * 8);
+        items_read++;
     }
 };
 

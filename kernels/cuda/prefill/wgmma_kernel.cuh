@@ -20,12 +20,19 @@
 // tile's results come only when no copy reads its tokens any more: the tile's counter is added to when both
 // multiplying warpgroups have waited for all the bytes of an item, the tokens' among them, and GEMM 2 of the tile
 // begins with the counter at its full number. So the reads are complete before the counter says so, and the stores
-// follow from it. A copy may also read up to 15 rows of the next tile, which may just be changing, and a block that
-// only goes along (moe_item.idle) all of a tile whose counter it does not add to: nobody keeps their products.
+// follow from it; whichever block of a pair has asked for bytes, they are waited for where they come. A copy may also
+// read up to 15 rows of the next tile, which may just be changing, and a block that only goes along (moe_item.idle)
+// gets rows of a tile whose counter it does not add to: nobody keeps their products.
 //
 // Where most groups have two tiles, their weights go through L2 twice, at a rate near all that it has. There clusters
 // of two blocks take an item together: each brings half of the weights, for both. So they go through the ring side by
-// side, and a stage is empty when both have read it.
+// side, and a stage is empty when both have read it. Where both have the same tokens instead each brings part of those
+// for both. With up to 128 tokens to a product shared memory would be slower than the tensor cores, as each product of
+// 64 weight rows reads all tokens again: so a group that is just too large for one tile is a joint one
+// (moe_item.joint), of which a multiplying warpgroup has 64 weight rows, and up to 256 tokens to a product.
+//
+// A slice of an item that is cut leaves its sums in memory and counts its warps that have. The loading warps of the
+// last slice wait for all of the others and bring those sums through the ring, behind its operands.
 //
 // Items (items.h) are taken from one counter, in order. Those of GEMM 2 come after all those of GEMM 1 whose results
 // they read, so that what an item waits for is always done or being done, on however few blocks the grid runs. What an
@@ -73,7 +80,7 @@ __device__ __noinline__ void make_table(const moe_items &items, moe_item_table *
     if (threadIdx.x == 0) {
         table->tile[items.entries] = all.tiles;
         table->row[items.entries] = items.offsets[items.groups];
-        moe_items_finish(table, (uint32_t)all.tiles, (uint32_t)all.first_tiles);
+        moe_items_finish(&items, table, (uint32_t)all.tiles, (uint32_t)all.first_tiles);
     }
     __syncthreads();
 }

@@ -9,8 +9,9 @@
 namespace
 {
 
-// An item's weights: two tiles of up to 128 rows in each of `blocks` stages. All that is the same for each stage is
-// worked out once: between a stage that is empty and the first copy into it there should be few instructions.
+// An item's weights: two tiles of up to 128 rows, or of a joint item one of them, in each of `blocks` blocks of K. All
+// that is the same for each stage is worked out once: between a stage that is empty and the first copy into it there
+// should be few instructions.
 struct weight_source {
     const char *packed; // the band's first tile; NULL: row-major
     int blocks;
@@ -102,6 +103,8 @@ template <class Shape> struct ffn_loader {
         moe_items i = args.items;
         i.table = static_cast<const moe_item_table *>(__cvta_shared_to_generic(shared + Shape::TABLE));
         i.blocks = Shape::BLOCKS; // the same, known to the compiler
+        if (!Shape::CUTS)
+            i.most_slices = 1; // and so is this
         return i;
     }
 
@@ -110,9 +113,9 @@ template <class Shape> struct ffn_loader {
         return shared + Shape::FULL + stage.at * 8;
     }
 
-    __device__ uint32_t tokens() const
+    __device__ uint32_t tokens(uint32_t weights = WEIGHT_BYTES) const
     {
-        return shared + stage.at * Shape::STAGE + WEIGHT_BYTES;
+        return shared + stage.at * Shape::STAGE + weights;
     }
 
     __device__ void wait_empty() const
@@ -193,10 +196,14 @@ template <class Shape> struct ffn_loader {
             const int band = item.gemm2 ? MOE_BAND_ROWS : MOE_BAND_ROWS / 2; // columns
             const int columns = item.gemm2 ? args.hidden : args.intermediate;
             const bool nothing = item.idle || part >= (item.gemm2 ? MULTIPLIERS : 1);
+            const bool joint = Shape::PAIRED && item.joint; // one piece then
+            const int first = item.band * band + (joint ? rank * (band / 2) + part * COLS : part * 2 * COLS);
             *tile() = {item.row,
                        item.rows,
-                       item.band * band + part * 2 * COLS,
-                       nothing ? 0 : columns,
+                       first,
+                       nothing ? 0
+                       : joint ? min(columns, first + COLS)
+                               : columns,
                        item.gemm2 || item.idle ? -1 : item.tile,
                        item.gemm2};
             moe_barrier_arrive(full());
@@ -206,11 +213,12 @@ template <class Shape> struct ffn_loader {
 
     // ---- Operands ----
 
-    // By one thread: tile m of the stage's weights, for both blocks of a pair or for this one alone.
+    // By one thread: tile m of the item's weights to a place in the stage, for both blocks of a pair or for this one
+    // alone.
     __device__ __forceinline__ void load_tile(const moe_item &item, const weight_source &source, int block, int m,
-                                              bool both, bool once) const
+                                              int place, bool both, bool once) const
     {
-        const uint32_t to = shared + stage.at * Shape::STAGE + m * TILE_BYTES;
+        const uint32_t to = shared + stage.at * Shape::STAGE + place * TILE_BYTES;
         const uint32_t bytes = m == 0 ? source.bytes[0] : source.bytes[1];
         if (bytes == 0)
             return;
@@ -239,61 +247,141 @@ template <class Shape> struct ffn_loader {
     __device__ __forceinline__ void load_weights(const moe_item &item, const weight_source &source, int block,
                                                  uint32_t token_bytes, bool once) const
     {
+        if (Shape::PAIRED && item.joint) {
+            moe_barrier_expect(full(), (rank == 0 ? source.bytes[0] : source.bytes[1]) + token_bytes);
+            load_tile(item, source, block, rank, 0, false, true);
+            return;
+        }
         moe_barrier_expect(full(), source.bytes[0] + source.bytes[1] + token_bytes);
         if (Shape::PAIRED && item.shared) {
-            load_tile(item, source, block, rank, true, true);
+            load_tile(item, source, block, rank, rank, true, true);
         } else {
 #pragma unroll
             for (int m = 0; m < 2; m++)
-                load_tile(item, source, block, m, false, once);
+                load_tile(item, source, block, m, m, false, once);
         }
     }
 
-    // Until GEMM 1's results of this tile are in memory. Once all are nobody has to look again.
-    __device__ __forceinline__ void await_results(int32_t tile)
+    // Until GEMM 1's results of the item's tile are in memory. Once all are nobody has to look again.
+    __device__ __forceinline__ void await_results(const moe_item &item)
     {
         const uint32_t tiles = items().table->tile[args.items.entries];
+        const int32_t parts = Shape::PAIRED && item.joint ? 2 : 1; // of a band
         results_there = (uint32_t)moe_load_acquire(args.all_finished) == tiles * args.items.bands1;
-        while (!results_there && moe_load_acquire(args.finished + tile) < args.items.bands1)
+        while (!results_there && moe_load_acquire(args.finished + item.tile) < args.items.bands1 * parts)
             ;
         moe_fence_async(); // what other blocks stored comes before the tensor copies
     }
 
-    // By one thread: rows in plan order, of act, or of tokens. Rows past the item's are those of its neighbour, or
-    // zeros past the end of all; nobody keeps their products.
-    __device__ __forceinline__ void load_rows(const row_maps &from, int block, int row, int steps) const
+    // By one thread: `steps` of rows in plan order, of act, or of tokens. Rows past the item's are those of its
+    // neighbour, or zeros past the end of all; nobody keeps their products. Where both blocks of a pair have the same
+    // rows each brings some of them for both.
+    __device__ __forceinline__ void load_rows(const row_maps &from, const moe_item &item, int block, int steps) const
     {
-        uint32_t to = tokens();
+        int first = 0, count = steps;
+        const bool both = Shape::PAIRED && !item.shared;
+        if (both) {
+            const int split = min(steps, (steps + 7) / 8 * 4); // a multiple of 64 rows, or all
+            first = rank == 0 ? 0 : split;
+            count = rank == 0 ? split : steps - split;
+        }
+        int row = item.row + first * MOE_ROW_STEP;
+        uint32_t to =
+            tokens(Shape::PAIRED && item.joint ? TILE_BYTES : WEIGHT_BYTES) + first * (MOE_ROW_STEP * ROW_BYTES);
+        const auto load = [&](const CUtensorMap *map) {
+            if (both)
+                moe_tensor_load_2d_both(to, map, block * COLS, row, full());
+            else
+                moe_tensor_load_2d(to, map, block * COLS, row, full());
+        };
 #pragma unroll 1
-        for (int i = 0; i < steps / 4; i++, row += 64, to += 64 * ROW_BYTES)
-            moe_tensor_load_2d(to, &from.by_64, block * COLS, row, full());
+        for (int i = 0; i < count / 4; i++, row += 64, to += 64 * ROW_BYTES)
+            load(&from.by_64);
 #pragma unroll 1
-        for (int i = 0; i < steps % 4; i++, row += 16, to += 16 * ROW_BYTES)
-            moe_tensor_load_2d(to, &from.by_16, block * COLS, row, full());
+        for (int i = 0; i < count % 4; i++, row += 16, to += 16 * ROW_BYTES)
+            load(&from.by_16);
     }
 
-    // All stages of an item: those of its operands, then those lent. Without an item (rows is 0) only what is left to
-    // do with the last tiles.
+    // ---- Sums of an item that is cut ----
+
+    // Until all slices but the last have left theirs.
+    __device__ __forceinline__ void await_sums(const moe_item &item) const
+    {
+        const int lane = threadIdx.x % 32; // those of all slices lie one after another
+        if (lane < (item.slices - 1) * SUMMING_WARPS)
+            while (moe_load_acquire(summed_of<Shape>(args, item, 0) + lane) == 0)
+                ;
+        __syncwarp();
+        moe_fence_async(); // what other blocks stored comes before the copies
+    }
+
+    // Stage `at` of those that bring them, for warpgroups that have weights.
+    __device__ __forceinline__ void load_sums(const moe_item &item, int at) const
+    {
+        const bool joint = Shape::PAIRED && item.joint;
+        const int slice = at / Shape::SUM_STAGES, part = at % Shape::SUM_STAGES;
+        const char *from = sums_of<Shape>(args, item, slice) + part * (MULTIPLIERS * Shape::HALF_SUMS);
+        const int most = joint ? Shape::template SUM_STEPS<1> : Shape::template SUM_STEPS<M_BLOCKS>;
+        const int steps = (item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP - part * most;
+        const uint32_t bytes = max(min(steps, most), 0) * (joint ? 1 : M_BLOCKS) * SUM_UNIT;
+        const bool first = bytes > 0 && has_weights<Shape>(args, item, 0);
+        const bool second = bytes > 0 && has_weights<Shape>(args, item, 1);
+        if (first)
+            await_sums(item);
+        if (moe_elect()) {
+            const uint32_t to = shared + stage.at * Shape::STAGE;
+            moe_barrier_expect(full(), bytes * (first + second));
+            if (first)
+                moe_bulk_load(to, from, bytes, full(), moe_policy_once());
+            if (second)
+                moe_bulk_load(to + Shape::HALF_SUMS, from + Shape::HALF_SUMS, bytes, full(), moe_policy_once());
+        }
+        __syncwarp();
+    }
+
+    // All stages that bring them, then those lent. A loop of its own, as that of the operands has no register left.
+    // What a warp had to send and to settle is done: the last slice, too, had a stage of operands for it.
+    __device__ __forceinline__ void load_sums_and_lend(const moe_item &item)
+    {
+        const item_stages<Shape> of(item, (int)moe_packed_blocks(args.intermediate));
+#pragma unroll 1
+        for (int i = 0; i < of.sums + of.lent; i++) {
+            if (warp == stage.at) {
+                wait_empty();
+                if (i < of.sums)
+                    load_sums(item, i);
+                else
+                    lend(item, i - of.sums);
+            }
+            stage.next(Shape::STAGES);
+        }
+    }
+
+    // ---- All stages of an item ----
+
+    // Those of its operands, of others' sums, then those lent. Without an item (rows is 0) only what is left to do with
+    // the last tiles.
     __device__ __forceinline__ void load(const moe_item &item)
     {
         const bool gathered = !Shape::ORDERED && !item.gemm2 && item.rows > 0;
         const weight_source source(args, item);
-        const int blocks = item.rows > 0 ? source.blocks : 0;
-        const int stages = item.rows > 0 ? blocks + lent_stages(item.gemm2, blocks) : Shape::STAGES;
+        const item_stages<Shape> of(item, source.blocks);
+        const int first = item.rows > 0 ? of.first : 0, end = item.rows > 0 ? first + of.blocks : 0; // of K
+        const int stop = item.rows > 0 ? end + (of.sums == 0 ? of.lent : 0) : Shape::STAGES;         // stages
         token_source<Shape> gather;
         const int steps = gathered ? 0 : (item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP; // of rows, by tensor copies
         bool ready = !item.gemm2 || results_there;
-        const int take_at = item.early ? max(blocks - 2 * Shape::STAGES, 0) : blocks;
+        const int take_at = item.early ? max(end - 2 * Shape::STAGES, first) : min(end, stop - 1);
 #pragma unroll 1
-        for (int block = 0; block < stages; block++) {
+        for (int block = first; block < stop; block++) {
             const bool own = warp == stage.at; // starting a copy takes a while, so that warps take turns at it
             if (own) {
                 settle();
                 send_tile();
-                if (!ready || block >= blocks)
+                if (!ready || block >= end)
                     settle(); // what this waits for may be the block's own results; and the stage may be lent again
                 if (!ready && item.rows > 0)
-                    await_results(item.tile);
+                    await_results(item);
                 ready = true;
             }
             if (item.rows > 0) {
@@ -306,20 +394,22 @@ template <class Shape> struct ffn_loader {
                     wait_empty();
                 if (!own && Shape::ORDERED)
                     settle(); // soon, since others may wait for it; who gathers has no time for that
-                if (own && block >= blocks)
-                    lend(item, block - blocks);
+                if (own && block >= end)
+                    lend(item, block - end);
                 else if (own && moe_elect()) {
                     load_weights(item, source, block, steps * MOE_ROW_STEP * ROW_BYTES, once);
                     if (!gathered)
-                        load_rows(item.gemm2 ? args.act : args.down, block, item.row, steps);
+                        load_rows(item.gemm2 ? args.act : args.down, item, block, steps);
                 }
-                if (gathered && block < blocks)
+                if (gathered && block < end)
                     gather.load(args, item.rows, tokens(), block, full());
                 else if (!Shape::ORDERED)
                     moe_barrier_arrive(full());
             }
             stage.next(Shape::STAGES);
         }
+        if (Shape::CUTS && item.rows > 0 && item.cut >= 0 && item.slice == item.slices - 1)
+            load_sums_and_lend(item);
     }
 
     // ---- Items ----
@@ -369,6 +459,7 @@ template <class Shape> struct ffn_loader {
         const uint32_t count = moe_items_count(&all);
         uint32_t current;
         moe_item item = {};
+        item.cut = -1;
         for (;; take()) {
             current = Shape::PAIRED && rank > 0 ? receive() : __shfl_sync(0xffffffffu, next, 0);
             if (current >= count)
@@ -378,17 +469,17 @@ template <class Shape> struct ffn_loader {
                 break;
         }
         // The item after it is taken while there are so many blocks of it left that the number is there in time. But
-        // only when none is left, before the wait for the stages that are lent, when few items are left, or where
-        // memory is the limit and some blocks are faster than others: who takes an item early keeps it from those who
-        // are free.
+        // only when none is left, or the last one of a slice, before the wait for the stages behind them, when few
+        // items are left, or where memory is the limit and some blocks are faster than others: who takes an item early
+        // keeps it from those who are free.
         uint32_t grid;
         asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(grid)); // here, so that it takes no register elsewhere
-        item.early = !args.memory_bound && current + 2 * grid / Shape::BLOCKS < count;
+        item.early = !args.items.memory_bound && current + 2 * grid / Shape::BLOCKS < count;
         if (Shape::PAIRED && rank == 0)
             send(current);
         if (threadIdx.x == 0) {
-            const uint32_t at = reader.slot.at;
-            moe_barrier_wait(shared + Shape::SLOT_EMPTY + at * 8, reader.slot.parity ^ 1);
+            const uint32_t at = reader.slot();
+            moe_barrier_wait(shared + Shape::SLOT_EMPTY + at * 8, reader.parity() ^ 1);
             static_cast<moe_item *>(__cvta_shared_to_generic(shared + Shape::ITEMS))[at] = item;
             moe_barrier_arrive(shared + Shape::SLOT_FULL + at * 8);
         }

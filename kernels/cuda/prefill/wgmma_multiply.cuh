@@ -16,7 +16,13 @@ template <typename T, class Shape> struct ffn_multiplier {
     const uint32_t shared;
     const int half, thread; // which warpgroup of the two, and which thread in it
     moe_ring_place stage;
-    float d[M_BLOCKS][Shape::NMAX / 2];
+
+    // A thread's sums of M times 64 weight rows.
+    template <int M> struct sums {
+        static constexpr int ROWS = M == M_BLOCKS ? Shape::NMAX : Shape::JOINT, EACH = ROWS / 2;
+        static constexpr int STEPS = ROWS / MOE_ROW_STEP;
+        float d[M * EACH];
+    };
 
     __device__ ffn_multiplier(const ffn_args &a, uint32_t s)
         : args(a), shared(s), half(__shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP - 1, 0)),
@@ -41,14 +47,15 @@ template <typename T, class Shape> struct ffn_multiplier {
         }
     }
 
-    // d = weights . tokens^T over `blocks` stages. While this warpgroup waits for its products, to pass the stage on as
-    // early as can be, the other one's keep the tensor cores busy.
-    template <int N> __device__ __forceinline__ void multiply(int blocks, bool gathered)
+    // d = weights . tokens^T over `blocks` stages, M times 64 weight rows. While this warpgroup waits for its products,
+    // to pass the stage on as early as can be, the other one's keep the tensor cores busy.
+    template <int M, int N> __device__ __forceinline__ void multiply(sums<M> &s, int blocks, bool gathered)
     {
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
             const uint32_t base = shared + stage.at * Shape::STAGE;
-            const uint32_t a = moe_wgmma_matrix(base + half * TILE_BYTES), b = moe_wgmma_matrix(base + WEIGHT_BYTES);
+            const uint32_t a = moe_wgmma_matrix(base + half * (M * TILE_BYTES / M_BLOCKS));
+            const uint32_t b = moe_wgmma_matrix(base + M * TILE_BYTES);
             wait_full();
             if (gathered)
                 moe_fence_async_shared(); // the loading threads' own copies, which the tensor cores might not see yet
@@ -56,8 +63,8 @@ template <typename T, class Shape> struct ffn_multiplier {
 #pragma unroll
             for (int k = 0; k < COLS / 16; k++)
 #pragma unroll
-                for (int m = 0; m < M_BLOCKS; m++)
-                    moe_wgmma<T, N>::run(d[m], a + m * (TILE_BYTES / M_BLOCKS / 16) + k * 2, b + k * 2,
+                for (int m = 0; m < M; m++)
+                    moe_wgmma<T, N>::run(s.d + m * s.EACH, a + m * (TILE_BYTES / M_BLOCKS / 16) + k * 2, b + k * 2,
                                          (block | k) != 0);
             moe_wgmma_commit();
             moe_wgmma_wait();
@@ -68,15 +75,16 @@ template <typename T, class Shape> struct ffn_multiplier {
 
     // With the number of tokens, in steps from FIRST to LAST, known to the compiler. Halves: each jump to code that did
     // not run yet is a wait for memory.
-    template <int FIRST, int LAST> __device__ __forceinline__ void multiply_any(int steps, int blocks, bool gathered)
+    template <int M, int FIRST, int LAST>
+    __device__ __forceinline__ void multiply_any(sums<M> &s, int steps, int blocks, bool gathered)
     {
         constexpr int MIDDLE = (FIRST + LAST) / 2;
         if constexpr (FIRST == LAST)
-            multiply<FIRST * MOE_ROW_STEP>(blocks, gathered);
+            multiply<M, FIRST * MOE_ROW_STEP>(s, blocks, gathered);
         else if (steps <= MIDDLE)
-            multiply_any<FIRST, MIDDLE>(steps, blocks, gathered);
+            multiply_any<M, FIRST, MIDDLE>(s, steps, blocks, gathered);
         else
-            multiply_any<MIDDLE + 1, LAST>(steps, blocks, gathered);
+            multiply_any<M, MIDDLE + 1, LAST>(s, steps, blocks, gathered);
     }
 
     // Of the lent stages: each warp says that it has written what it had to.
@@ -86,6 +94,66 @@ template <typename T, class Shape> struct ffn_multiplier {
         __syncwarp();
         if (thread % 32 == 0)
             moe_barrier_arrive(shared + Shape::WRITTEN + at * 8);
+    }
+
+    // ---- Sums of an item that is cut, as registers hold them: 16 bytes of each thread after another's ----
+
+    // That this warp has left its sums, or has none. All lanes store: were it one of them, the compiler would no longer
+    // take the place in the ring for the same in all, and multiply() would move matrix descriptors between products.
+    __device__ __forceinline__ void say_summed(const moe_item &item) const
+    {
+        __syncwarp();
+        moe_store_release(summed_of<Shape>(args, item, item.slice) + half * (WARPGROUP / 32) + thread / 32, 1);
+    }
+
+    template <int M> __device__ __forceinline__ void leave_sums(const moe_item &item, const sums<M> &s) const
+    {
+        constexpr int IN_STAGE = Shape::template SUM_STEPS<M>;
+        char *to = sums_of<Shape>(args, item, item.slice) + half * Shape::HALF_SUMS + thread * 16;
+#pragma unroll
+        for (int q = 0; q < s.STEPS; q++) {
+            if (q * MOE_ROW_STEP >= item.rows)
+                break;
+#pragma unroll
+            for (int i = 0; i < 2 * M; i++) {
+                const float *e = s.d + i / 2 * s.EACH + q * 8 + i % 2 * 4;
+                const int at = q / IN_STAGE * (MULTIPLIERS * Shape::HALF_SUMS) + q % IN_STAGE * (M * SUM_UNIT);
+                *reinterpret_cast<float4 *>(to + at + i * (WARPGROUP * 16)) = make_float4(e[0], e[1], e[2], e[3]);
+            }
+        }
+        say_summed(item);
+    }
+
+    // Adds what the other slices have left, in their order.
+    template <int M> __device__ __forceinline__ void add_sums(const moe_item &item, sums<M> &s)
+    {
+        constexpr int IN_STAGE = Shape::template SUM_STEPS<M>;
+#pragma unroll 1
+        for (int slice = 1; slice < item.slices; slice++)
+#pragma unroll
+            for (int part = 0; part < Shape::SUM_STAGES; part++) {
+                const uint32_t place = shared + stage.at * Shape::STAGE + half * Shape::HALF_SUMS + thread * 16;
+                const char *from = static_cast<const char *>(__cvta_shared_to_generic(place));
+                wait_full();
+#pragma unroll
+                for (int q = part * IN_STAGE; q < (part + 1) * IN_STAGE && q < s.STEPS; q++) {
+                    if (q * MOE_ROW_STEP >= item.rows)
+                        break;
+#pragma unroll
+                    for (int i = 0; i < 2 * M; i++) {
+                        float *e = s.d + i / 2 * s.EACH + q * 8 + i % 2 * 4;
+                        const float4 v = *reinterpret_cast<const float4 *>(from + q % IN_STAGE * (M * SUM_UNIT) +
+                                                                           i * (WARPGROUP * 16));
+                        e[0] += v.x;
+                        e[1] += v.y;
+                        e[2] += v.z;
+                        e[3] += v.w;
+                    }
+                }
+                __syncwarp(); // all lanes have read
+                release();
+                stage.next(Shape::STAGES);
+            }
     }
 
     // For a warpgroup that has nothing to do in an item, or in some of its stages: passes them on, then those lent.
@@ -103,7 +171,7 @@ template <typename T, class Shape> struct ffn_multiplier {
     }
 
     // GEMM 1: of each pair of eights of rows one is gate, one up.
-    __device__ __forceinline__ void finish_gated(const moe_item &item)
+    __device__ __forceinline__ void finish_gated(const moe_item &item, sums<M_BLOCKS> &s)
     {
         const int lane = thread % 32, warp = thread / 32;
         const uint32_t place = shared + stage.at * Shape::STAGE + half * Shape::PIECE;
@@ -111,8 +179,8 @@ template <typename T, class Shape> struct ffn_multiplier {
         // come together with results.
         if (2 * args.intermediate - item.band * MOE_BAND_ROWS - half * MOE_PACKED_ROWS <= MOE_PACKED_ROWS / M_BLOCKS)
 #pragma unroll
-            for (int i = 0; i < Shape::NMAX / 2; i++)
-                d[1][i] = 0.0f;
+            for (int i = 0; i < s.EACH; i++)
+                s.d[s.EACH + i] = 0.0f;
         wait_full();
 #pragma unroll
         for (int q = 0; q < Shape::NMAX; q += 32) {
@@ -122,7 +190,7 @@ template <typename T, class Shape> struct ffn_multiplier {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 static_assert(M_BLOCKS == 2, "two features of a token have their activation together");
-                float *e = d[0] + (q / 8 + i) * 4, *f = d[1] + (q / 8 + i) * 4;
+                float *e = s.d + (q / 8 + i) * 4, *f = e + s.EACH;
                 moe_silu_fast_both(e[0], f[0]);
                 moe_silu_fast_both(e[1], f[1]);
                 v[0][i] = moe_pair(e[0] * e[2], e[1] * e[3], T());
@@ -137,8 +205,30 @@ template <typename T, class Shape> struct ffn_multiplier {
         stage.next(Shape::STAGES);
     }
 
+    // The same of a joint item, whose 64 features are in one piece.
+    __device__ __forceinline__ void finish_gated(const moe_item &item, const sums<1> &s)
+    {
+        const int lane = thread % 32, chunk = half * 4 + thread / 32;
+        const uint32_t place = shared + stage.at * Shape::STAGE;
+        wait_full();
+#pragma unroll
+        for (int q = 0; q < s.ROWS; q += 32) {
+            if (q >= item.rows)
+                break;
+            uint32_t v[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float *e = s.d + (q / 8 + i) * 4;
+                v[i] = moe_pair(moe_silu_fast(e[0]) * e[2], moe_silu_fast(e[1]) * e[3], T());
+            }
+            moe_stmatrix_trans(place + (q + lane) * ROW_BYTES + ((chunk ^ (lane & 7)) << 4), v[0], v[1], v[2], v[3]);
+        }
+        pass_back(stage.at);
+        stage.next(Shape::STAGES);
+    }
+
     // Each warpgroup has a stage of its own.
-    __device__ __forceinline__ void finish_down(const moe_item &item, int lent)
+    template <int M> __device__ __forceinline__ void finish_down(const moe_item &item, const sums<M> &s, int lent)
     {
         const int lane = thread % 32, warp = thread / 32;
         go_along(0, half);
@@ -146,12 +236,12 @@ template <typename T, class Shape> struct ffn_multiplier {
                             (((warp * 2 + lane / 8 % 2) ^ (lane & 7)) << 4);
         wait_full();
 #pragma unroll
-        for (int q = 0; q < Shape::NMAX; q += MOE_ROW_STEP) {
+        for (int q = 0; q < s.ROWS; q += MOE_ROW_STEP) {
             if (q >= item.rows)
                 break;
 #pragma unroll
-            for (int m = 0; m < M_BLOCKS; m++) {
-                const float *e = d[m] + q / 8 * 4;
+            for (int m = 0; m < M; m++) {
+                const float *e = s.d + m * s.EACH + q / 8 * 4;
                 moe_stmatrix_trans(to + m * Shape::PIECE + q * ROW_BYTES, moe_pair(e[0], e[1], T()),
                                    moe_pair(e[2], e[3], T()), moe_pair(e[4], e[5], T()), moe_pair(e[6], e[7], T()));
             }
@@ -161,8 +251,27 @@ template <typename T, class Shape> struct ffn_multiplier {
         go_along(0, lent - 1 - half);
     }
 
+    // An item of FIRST to LAST steps.
+    template <int M, int FIRST, int LAST>
+    __device__ __forceinline__ void run(const moe_item &item, sums<M> &s, const item_stages<Shape> &of)
+    {
+        multiply_any<M, FIRST, LAST>(s, (item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP, of.blocks,
+                                     !Shape::ORDERED && !item.gemm2);
+        if (of.leaves_sums()) {
+            leave_sums(item, s);
+            return;
+        }
+        if (of.sums > 0)
+            add_sums(item, s);
+        if (item.gemm2)
+            finish_down(item, s, of.lent);
+        else
+            finish_gated(item, s);
+    }
+
     __device__ __forceinline__ void run()
     {
+        sums<M_BLOCKS> s;
         item_reader<Shape> reader{shared};
         const int blocks1 = (args.hidden + COLS - 1) / COLS, blocks2 = (args.intermediate + COLS - 1) / COLS;
         for (;;) {
@@ -170,19 +279,23 @@ template <typename T, class Shape> struct ffn_multiplier {
             reader.done();
             if (item.rows == 0)
                 break;
-            const int blocks = item.gemm2 ? blocks2 : blocks1;
-            const int lent = lent_stages(item.gemm2, blocks);
-            const int rows = item.gemm2 ? args.hidden : 2 * args.intermediate; // of weights
-            if (item.idle || item.band * MOE_BAND_ROWS + half * MOE_PACKED_ROWS >= rows) {
-                go_along(blocks, lent);
+            const item_stages<Shape> of(item, item.gemm2 ? blocks2 : blocks1);
+            if (!has_weights<Shape>(args, item, half)) {
+                go_along(of.blocks + of.sums, of.lent);
+                if (of.leaves_sums())
+                    say_summed(item);
                 continue;
             }
-            multiply_any<1, Shape::NMAX / MOE_ROW_STEP>((item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP, blocks,
-                                                        !Shape::ORDERED && !item.gemm2);
-            if (item.gemm2)
-                finish_down(item, lent);
-            else
-                finish_gated(item);
+            constexpr int STEPS = Shape::NMAX / MOE_ROW_STEP;
+            if constexpr (Shape::PAIRED)
+                if (item.joint) {
+                    // Zeros, of no use but that the compiler keeps neither kind of sums while the other one is made.
+                    sums<1> joint_sums = {};
+                    run<1, STEPS + 1, Shape::JOINT / MOE_ROW_STEP>(item, joint_sums, of);
+                    s = {};
+                    continue;
+                }
+            run<M_BLOCKS, 1, STEPS>(item, s, of);
         }
     }
 };
