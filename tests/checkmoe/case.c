@@ -104,16 +104,19 @@ static void draw_long_sums(struct test_case *c, struct random *random)
 }
 
 /* The second sum so long, and experts of so many rows, that prefill cuts its last items, whole tiles of tokens and
- * bands of weights among them. As that costs up to some seconds it is not shrunk; `small`: as little as can be. */
+ * bands of weights among them. It is not shrunk, though it costs up to some seconds; `small`: as little as can be. */
 static void draw_cut_items(struct test_case *c, struct random *random, bool small)
 {
-    const int64_t blocks = small ? 40 : random_one_in(random, 4) ? 96 : random_between(random, 40, 48);
+    const bool longest = random_one_in(random, 4), many = random_one_in(random, 2);
 
     c->hidden = 8 * random_between(random, 8, small ? 17 : 65);
-    c->intermediate = 64 * blocks + PICK(random, -8, 0, 8);
-    c->experts = small ? 1 : (int32_t)random_between(random, 1, 3);
-    c->top_k = c->slots = (int32_t)random_between(random, 1, c->experts);
-    c->tokens = small ? PICK(random, 1, 17, 40, 200) : PICK(random, 100, 192, 193, 225, 256, 257, 400) / c->slots;
+    c->intermediate = 64 * (longest ? 96 : small ? 40 : random_between(random, 40, 48)) + PICK(random, -8, 0, 8);
+    c->experts = (int32_t)random_between(random, many ? 6 : 1, many ? 12 : 3);
+    if (small)
+        c->experts = PICK(random, 1, 1, 4);
+    c->top_k = c->slots = (int32_t)random_between(random, 1, c->experts < 3 ? c->experts : 3);
+    c->tokens = small ? PICK(random, 1, 40, 200, 225, 256) : PICK(random, 100, 192, 193, 225, 256, 257, 400) / c->slots;
+    c->max_sms = PICK(random, 0, 0, 10, 17);
 }
 
 /* Keeps what kind of number a width is. */
@@ -164,6 +167,11 @@ static void shrink(struct test_case *c, struct random *random, int64_t work, int
         }
         pairs = c->tokens * (c->slots > c->top_k ? c->slots : c->top_k);
     }
+}
+
+static bool is(const char *a, const char *b)
+{
+    return strcmp(a, b) == 0;
 }
 
 void case_draw(struct test_case *c, uint64_t seed, struct case_kind kind)
@@ -233,7 +241,9 @@ void case_draw(struct test_case *c, uint64_t seed, struct case_kind kind)
             draw_long_sums(c, &random);
         shrink(c, &random, work, elements);
     }
-    c->routing = routings[random_between(&random, 0, sizeof routings / sizeof routings[0] - 1)];
+    do
+        c->routing = routings[random_between(&random, 0, sizeof routings / sizeof routings[0] - 1)];
+    while (kind.cut && is(c->routing, "no expert"));
     c->gating = gatings[random_between(&random, 0, sizeof gatings / sizeof gatings[0] - 1)];
     c->layout = (moe_layout)PICK(&random, MOE_LAYOUT_AUTO, MOE_LAYOUT_ROW_MAJOR, MOE_LAYOUT_PACKED);
     c->config = (uint32_t)random_u64(&random);
@@ -256,11 +266,6 @@ static void *make_matrix(struct random *random, int64_t count, moe_dtype dtype, 
         memcpy(data + (size_t)i * size, data, (size_t)part * size);
     }
     return data;
-}
-
-static bool is(const char *a, const char *b)
-{
-    return strcmp(a, b) == 0;
 }
 
 static int64_t zipf(struct random *random, int32_t experts)

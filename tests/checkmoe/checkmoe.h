@@ -69,7 +69,7 @@ struct test_case {
 };
 
 /* How large, and for which device: most cases for a GPU have sizes that the paths on its tensor cores take. `cut`: all
- * have items that prefill cuts. */
+ * are layers whose last items prefill may cut. */
 struct case_kind {
     bool small, gpu, cut;
 };

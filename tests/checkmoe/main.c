@@ -33,7 +33,7 @@ static const char usage[] =
     "  --seed S               the first of all cases' seeds (1)\n"
     "  --case-seed X          run only the case of this seed\n"
     "  --small                tiny shapes only (for compute-sanitizer and valgrind)\n"
-    "  --cut                  only layers of which prefill cuts items\n"
+    "  --cut                  only layers whose last items prefill may cut\n"
     "  --max-sms N            instead of what the cases say\n"
     "  --break NAME|all       plant a bug into each result and expect it to be found\n"
     "  --large                buffers of more than 2^31 elements (GPU)\n"

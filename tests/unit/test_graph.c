@@ -13,7 +13,7 @@
 #include "runtime/internal.h"
 
 /* Some 130 rows an expert, more for one and fewer for another: tiles of every size. GEMM 2's sums are so long that
- * prefill cuts some of them, with other routing others. */
+ * prefill cuts its items. */
 enum { TOKENS = 520, HIDDEN = 256, INTERMEDIATE = 2600, EXPERTS = 16, TOP_K = 4, SKIP = 77 };
 
 static moe_context *ctx;

@@ -362,6 +362,15 @@ static void last_items_are_cut(void **state)
         fill_table(&items, even, &table);
         assert_int_equal(table.cut, bound ? 0 : 18);
     }
+    /* Seven eighths of the workers are nearly all of them: 116 of 132, not 115. */
+    const int32_t one_group[] = {0, 192};
+    for (int32_t left = 115; left <= 116; left++) {
+        items = moe_items_make(1, 192, 2, left, 1, 0);
+        items.most_slices = 2;
+        items.room = items.workers = 132;
+        fill_table(&items, one_group, &table);
+        assert_int_equal(table.cut, left == 115 ? 115 : 33);
+    }
 }
 
 /* As many rows as there can be. */

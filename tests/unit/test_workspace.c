@@ -44,7 +44,8 @@ static moe_layer make_layer(const struct shape *s, moe_layout layout)
     return layer;
 }
 
-/* act and down, a tenth of them for the routing, the plan and the counters, and what small batches need. */
+/* act and down, a tenth of them for the routing, the plan, the counters and sums of slices, and what small
+ * batches need. */
 static uint64_t bound(const struct shape *s, int64_t tokens)
 {
     const uint64_t rows = (uint64_t)tokens * (uint64_t)s->top_k;
@@ -126,6 +127,27 @@ static void few_need_no_more_than_many(void **state)
             }
         }
     }
+}
+
+/* Prefill cuts items from 40 blocks of 64 in GEMM 2's sums on, and has memory for what the slices leave: for 37 of them
+ * even with one token, 7 MB. Their flags are set to zero, with the items' counters. */
+static void long_sums_have_room(void **state)
+{
+    const struct moe_path_info *path = moe_path_info_get(MOE_PATH_PREFILL);
+    uint64_t bytes[2], zeroed[2];
+    (void)state;
+    if (moe_path_available(&gpu, MOE_PATH_PREFILL, NULL, NULL, 0) != MOE_OK)
+        skip();
+    for (int64_t blocks = 39; blocks <= 40; blocks++) {
+        const struct shape shape = {"long sums", 64, 64 * blocks, 8, 1, 1};
+        const moe_layer layer = make_layer(&shape, MOE_LAYOUT_PACKED);
+        struct moe_call call;
+        moe_call_shape(&call, &layer, 1, 1, MOE_BF16);
+        bytes[blocks - 39] = moe_workspace_carve(&call, path, NULL);
+        zeroed[blocks - 39] = path->zeroed(&call);
+    }
+    assert_in_range(bytes[1] - bytes[0], 37 * 196608, 38 * 196608);
+    assert_in_range(zeroed[1] - zeroed[0], 37 * 8 * 4, 37 * 8 * 4 + 255);
 }
 
 enum { WGMMA = 1, MMA }; /* decode's configurations */
@@ -212,7 +234,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(prefill_stays_within_bound), cmocka_unit_test(size_is_what_batches_need),
-        cmocka_unit_test(few_need_no_more_than_many), cmocka_unit_test(one_kernel_sets_to_zero),
-        cmocka_unit_test(sums_are_zero_where_bands_are_cut)};
+        cmocka_unit_test(few_need_no_more_than_many), cmocka_unit_test(long_sums_have_room),
+        cmocka_unit_test(one_kernel_sets_to_zero),    cmocka_unit_test(sums_are_zero_where_bands_are_cut)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -158,10 +158,11 @@ static MOE_HOST_DEVICE inline int32_t moe_items_of_tile(int32_t bands, int32_t b
 /* Completes a table of so many tiles, of which the first entries have `first`.
  *
  * When all workers have had the same number of GEMM 2's items, those that are left over keep only some of them busy. So
- * as many items are cut, or more, into as many slices as there is room for then, but into two at least. If nearly all
- * workers have one of those left over, only drift is to be made good: a quarter as many items as workers are cut. Or
- * none if memory is the limit: when some workers have ended, the others have its speed to themselves. Of two blocks
- * also items past an odd number of bands count, which are nothing. */
+ * as many items are cut, or more, into as many slices as there is room for then, but into two at least; where there is
+ * not room even for that, as many as there is room for. If nearly all workers have one of those left over, only drift
+ * is to be made good: a quarter as many items as workers are cut. Or none if memory is the limit: when some workers
+ * have ended, the others have its speed to themselves. Of two blocks also items past an odd number of bands count,
+ * which are nothing. */
 static MOE_HOST_DEVICE inline void moe_items_finish(const struct moe_items *items, struct moe_item_table *table,
                                                     uint32_t tiles, uint32_t first)
 {

@@ -16,9 +16,10 @@ namespace
 struct choice {
     const char *name;
     int nmax;
-    bool ordered; // GEMM 1's tokens are put into plan order first; and the last items can be cut
+    bool ordered; // GEMM 1's tokens are put into plan order first
     int blocks;   // that take an item together
     int joint;    // rows of a group up to which these take its two tiles as one
+    bool cuts;    // the last items, where they are long
     moe_status (*bf16)(const ffn_args &args, unsigned grid, bool dependent, cudaStream_t stream, struct moe_error *err);
     moe_status (*f16)(const ffn_args &args, unsigned grid, bool dependent, cudaStream_t stream, struct moe_error *err);
 };
@@ -31,8 +32,8 @@ moe_status launch(const ffn_args &args, unsigned grid, bool dependent, cudaStrea
     return moe_launched(err, "ffn prefill");
 }
 
-using ordered = ffn_shape<192, 4, true, false>;
-constexpr int SUM_BYTES = ordered::SUM_BYTES;
+using rows_192 = ffn_shape<192, 4, true, false>;
+constexpr int SUM_BYTES = rows_192::SUM_BYTES;
 
 template <class Shape> constexpr choice make_choice(const char *name)
 {
@@ -42,6 +43,7 @@ template <class Shape> constexpr choice make_choice(const char *name)
             Shape::ORDERED,
             Shape::BLOCKS,
             Shape::JOINT,
+            Shape::CUTS,
             launch<__nv_bfloat16, Shape>,
             launch<__half, Shape>};
 }
@@ -50,7 +52,7 @@ enum { TILE_128 = 1, TILE_192, TILE_192_ROWS, TILE_192_PAIR, TILES = TILE_192_PA
 const choice choices[TILES] = {
     make_choice<ffn_shape<128, 4, false, false>>("wgmma-128"), // the smallest comes first
     make_choice<ffn_shape<192, 4, false, false>>("wgmma-192"),
-    make_choice<ordered>("wgmma-192-rows"),
+    make_choice<rows_192>("wgmma-192-rows"),
     make_choice<ffn_shape<192, 4, true, true>>("wgmma-192-pair"),
 };
 
@@ -68,7 +70,7 @@ bool ordering_pays(const struct moe_call *call)
 // As many as there may be.
 int32_t blocks_of(const struct moe_call *call)
 {
-    return call->max_sms > 0 ? call->max_sms : call->exec->sms;
+    return call->max_sms > 0 && call->max_sms < call->exec->sms ? call->max_sms : call->exec->sms;
 }
 
 // Whether on average no more than one tile has the rows of a group: then each weight is read once, from memory.
@@ -106,8 +108,8 @@ int32_t most_slices(const struct moe_call *call)
     return blocks >= FOUR_SLICES ? MOST_SLICES : blocks >= TWO_SLICES ? 2 : 1;
 }
 
-// How many slices can leave their sums: one for each SM, as far as that stays a small part of what act and down take.
-// With more tokens it is not less.
+// How many slices can leave their sums: one for each SM, but with no more than 7 MB and a twelfth of what act and down
+// take. With more tokens it is not less.
 int64_t room_for_sums(const struct moe_call *call)
 {
     constexpr int64_t SMALL = 7 << 20, PART = 12;
@@ -118,8 +120,8 @@ int64_t room_for_sums(const struct moe_call *call)
     return room < call->exec->sms ? room : call->exec->sms;
 }
 
-// ---- Scratch memory: the items' counter and that of all results, in parts of their own, then the tiles', those of
-// sums, and behind all that must be zero the sums ----
+// ---- Scratch memory: the items' counter and that of all results, in parts of their own, then the tiles' counters, the
+// slices' flags, and behind all that must be zero the slices' sums ----
 
 constexpr size_t COUNTER_BYTES = 256;
 
@@ -204,14 +206,13 @@ moe_status moe_ffn_prefill_wgmma(const struct moe_call *call, int32_t tile)
                         "path 'prefill': %lld tokens of %lld elements are too many for one call: split the batch",
                         (long long)call->tokens, (long long)call->hidden);
 
-    const bool cuts = chosen.ordered && most_slices(call) > 1;
     ffn_args args = {};
     args.items = items_of(call, chosen);
-    args.items.most_slices = cuts ? most_slices(call) : 1;
+    args.items.most_slices = chosen.cuts ? most_slices(call) : 1;
     args.items.room = (int32_t)(room_for_sums(call) / chosen.blocks); // of both blocks of a pair
     args.items.memory_bound = reads_once(call);
     const int64_t items =
-        max_tiles(call, chosen) * (args.items.bands1 + args.items.bands2) + (cuts ? room_for_sums(call) : 0);
+        max_tiles(call, chosen) * (args.items.bands1 + args.items.bands2) + (chosen.cuts ? room_for_sums(call) : 0);
     if (items > INT32_MAX)
         return moe_fail(call->error, MOE_ERROR_UNSUPPORTED,
                         "path 'prefill': %lld tokens in a layer of %lld x %lld are too many: split the batch",

@@ -28,8 +28,8 @@ struct ffn_args {
                                    // zero at the start
     int32_t *all_finished;         // the sum of those
     moe_items items;               // without the table
-    int32_t *summed;               // [items cut][blocks][slices but the last][SUMMING_WARPS]: 1: its sums are left;
-                                   // zero at the start
+    int32_t *summed;               // [items cut][blocks][slices but the last][SUMMING_WARPS]: 1: this warp has left
+                                   // its sums, or has none; zero at the start
     char *sums;                    // [items cut][blocks][slices but the last] of Shape::SUM_BYTES: what these leave
     int32_t hidden, intermediate;
     int32_t guess; // tiles of weights to fetch before the routing is known
@@ -63,11 +63,11 @@ struct table_sums {
 };
 
 // Sums of 64 weight rows and a step of tokens.
-constexpr int SUM_UNIT = MOE_PACKED_ROWS / M_BLOCKS * MOE_ROW_STEP * 4;
+constexpr int SUM_UNIT_BYTES = MOE_PACKED_ROWS / M_BLOCKS * MOE_ROW_STEP * 4;
 
 // NMAX tokens to a tile, STAGES in the ring. ORDERED: GEMM 1's tokens lie in `down`, in plan order. PAIRED: by clusters
-// of two blocks. CUTS: the last items may be cut. A kernel whose threads gather tokens would be 0.5 to 1.5 % slower by
-// the code for it alone.
+// of two blocks. CUTS: the last items may be cut. Only where tokens are in order: one thread fills a stage of sums, and
+// where all gather the code for it alone would take 0.5 to 1.5 %.
 template <int NMAX_, int STAGES_, bool ORDERED_, bool PAIRED_> struct ffn_shape {
     static constexpr int NMAX = NMAX_, STAGES = STAGES_;
     static constexpr bool ORDERED = ORDERED_, PAIRED = PAIRED_, CUTS = ORDERED;
@@ -75,6 +75,7 @@ template <int NMAX_, int STAGES_, bool ORDERED_, bool PAIRED_> struct ffn_shape 
 
     // Arrivals that fill a stage: of the thread that starts copies and, where threads gather tokens, of all of these.
     static constexpr int FILLERS = ORDERED ? 1 : 1 + WARPGROUP;
+    static_assert(!CUTS || FILLERS == 1);
 
     // The finished tile in shared memory: pieces of 64 features of all tokens, one to a warpgroup of GEMM 1, in one
     // stage, two of GEMM 2, of each warpgroup in a stage of its own.
@@ -84,17 +85,17 @@ template <int NMAX_, int STAGES_, bool ORDERED_, bool PAIRED_> struct ffn_shape 
 
     // Of a tile that both blocks of a pair take as one, a stage has half as many weights, and a lent one a single
     // piece.
-    static constexpr int JOINT = PAIRED ? NMAX / 3 * 4 : 0;
-    static_assert(TILE_BYTES + JOINT * ROW_BYTES <= STAGE && JOINT <= M_BLOCKS * NMAX);
+    static constexpr int JOINT = PAIRED ? 256 : 0; // as many as a product can have
+    static_assert(TILE_BYTES + JOINT * ROW_BYTES <= STAGE && JOINT <= M_BLOCKS * NMAX && JOINT % 64 == 0);
 
     // What a slice of an item leaves comes through the ring, in so many stages, the sums of each warpgroup side by
-    // side. A stage has some steps' sums: of a step M times SUM_UNIT to a warpgroup.
+    // side. A stage has some steps' sums: of a step M times SUM_UNIT_BYTES to a warpgroup.
     static constexpr int SUM_STAGES = 4;
     template <int M> static constexpr int STEPS = (M == M_BLOCKS ? NMAX : JOINT) / MOE_ROW_STEP;
     template <int M> static constexpr int SUM_STEPS = (STEPS<M> + SUM_STAGES - 1) / SUM_STAGES;
-    static constexpr int HALF_SUMS = M_BLOCKS * SUM_STEPS<M_BLOCKS> * SUM_UNIT;
-    static constexpr int SUM_BYTES = SUM_STAGES * MULTIPLIERS * HALF_SUMS;
-    static_assert(MULTIPLIERS * HALF_SUMS <= STAGE && SUM_STEPS<1> * SUM_UNIT <= HALF_SUMS);
+    static constexpr int HALF_SUM_BYTES = M_BLOCKS * SUM_STEPS<M_BLOCKS> * SUM_UNIT_BYTES;
+    static constexpr int SUM_BYTES = SUM_STAGES * MULTIPLIERS * HALF_SUM_BYTES;
+    static_assert(MULTIPLIERS * HALF_SUM_BYTES <= STAGE && SUM_STEPS<1> * SUM_UNIT_BYTES <= HALF_SUM_BYTES);
 
     // Shared memory.
     static constexpr int FULL = STAGES * STAGE, EMPTY = FULL + STAGES * 8, WRITTEN = EMPTY + STAGES * 8;

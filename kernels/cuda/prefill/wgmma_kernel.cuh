@@ -28,11 +28,11 @@
 // of two blocks take an item together: each brings half of the weights, for both. So they go through the ring side by
 // side, and a stage is empty when both have read it. Where both have the same tokens instead each brings part of those
 // for both. With up to 128 tokens to a product shared memory would be slower than the tensor cores, as each product of
-// 64 weight rows reads all tokens again: so a group that is just too large for one tile is a joint one
+// 64 weight rows reads all tokens again: so a group that is just too large for one tile is one joint tile
 // (moe_item.joint), of which a multiplying warpgroup has 64 weight rows, and up to 256 tokens to a product.
 //
-// A slice of an item that is cut leaves its sums in memory and counts its warps that have. The loading warps of the
-// last slice wait for all of the others and bring those sums through the ring, behind its operands.
+// A slice of an item that is cut leaves its sums in memory, and each of its warps sets a flag when it has. The loading
+// warps of the last slice wait for all flags of the others and bring those sums through the ring, behind its operands.
 //
 // Items (items.h) are taken from one counter, in order. Those of GEMM 2 come after all those of GEMM 1 whose results
 // they read, so that what an item waits for is always done or being done, on however few blocks the grid runs. What an

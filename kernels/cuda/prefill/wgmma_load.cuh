@@ -307,7 +307,7 @@ template <class Shape> struct ffn_loader {
     // Until all slices but the last have left theirs.
     __device__ __forceinline__ void await_sums(const moe_item &item) const
     {
-        const int lane = threadIdx.x % 32; // those of all slices lie one after another
+        const int lane = threadIdx.x % 32; // the flags of all slices lie one after another
         if (lane < (item.slices - 1) * SUMMING_WARPS)
             while (moe_load_acquire(summed_of<Shape>(args, item, 0) + lane) == 0)
                 ;
@@ -320,10 +320,10 @@ template <class Shape> struct ffn_loader {
     {
         const bool joint = Shape::PAIRED && item.joint;
         const int slice = at / Shape::SUM_STAGES, part = at % Shape::SUM_STAGES;
-        const char *from = sums_of<Shape>(args, item, slice) + part * (MULTIPLIERS * Shape::HALF_SUMS);
+        const char *from = sums_of<Shape>(args, item, slice) + part * (MULTIPLIERS * Shape::HALF_SUM_BYTES);
         const int most = joint ? Shape::template SUM_STEPS<1> : Shape::template SUM_STEPS<M_BLOCKS>;
         const int steps = (item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP - part * most;
-        const uint32_t bytes = max(min(steps, most), 0) * (joint ? 1 : M_BLOCKS) * SUM_UNIT;
+        const uint32_t bytes = max(min(steps, most), 0) * (joint ? 1 : M_BLOCKS) * SUM_UNIT_BYTES;
         const bool first = bytes > 0 && has_weights<Shape>(args, item, 0);
         const bool second = bytes > 0 && has_weights<Shape>(args, item, 1);
         if (first)
@@ -334,7 +334,8 @@ template <class Shape> struct ffn_loader {
             if (first)
                 moe_bulk_load(to, from, bytes, full(), moe_policy_once());
             if (second)
-                moe_bulk_load(to + Shape::HALF_SUMS, from + Shape::HALF_SUMS, bytes, full(), moe_policy_once());
+                moe_bulk_load(to + Shape::HALF_SUM_BYTES, from + Shape::HALF_SUM_BYTES, bytes, full(),
+                              moe_policy_once());
         }
         __syncwarp();
     }

@@ -100,6 +100,7 @@ template <typename T, class Shape> struct ffn_multiplier {
 
     // That this warp has left its sums, or has none. All lanes store: were it one of them, the compiler would no longer
     // take the place in the ring for the same in all, and multiply() would move matrix descriptors between products.
+    // Whichever lane's store is seen, all lanes' sums come before it.
     __device__ __forceinline__ void say_summed(const moe_item &item) const
     {
         __syncwarp();
@@ -109,7 +110,7 @@ template <typename T, class Shape> struct ffn_multiplier {
     template <int M> __device__ __forceinline__ void leave_sums(const moe_item &item, const sums<M> &s) const
     {
         constexpr int IN_STAGE = Shape::template SUM_STEPS<M>;
-        char *to = sums_of<Shape>(args, item, item.slice) + half * Shape::HALF_SUMS + thread * 16;
+        char *to = sums_of<Shape>(args, item, item.slice) + half * Shape::HALF_SUM_BYTES + thread * 16;
 #pragma unroll
         for (int q = 0; q < s.STEPS; q++) {
             if (q * MOE_ROW_STEP >= item.rows)
@@ -117,7 +118,8 @@ template <typename T, class Shape> struct ffn_multiplier {
 #pragma unroll
             for (int i = 0; i < 2 * M; i++) {
                 const float *e = s.d + i / 2 * s.EACH + q * 8 + i % 2 * 4;
-                const int at = q / IN_STAGE * (MULTIPLIERS * Shape::HALF_SUMS) + q % IN_STAGE * (M * SUM_UNIT);
+                const int at =
+                    q / IN_STAGE * (MULTIPLIERS * Shape::HALF_SUM_BYTES) + q % IN_STAGE * (M * SUM_UNIT_BYTES);
                 *reinterpret_cast<float4 *>(to + at + i * (WARPGROUP * 16)) = make_float4(e[0], e[1], e[2], e[3]);
             }
         }
@@ -132,7 +134,7 @@ template <typename T, class Shape> struct ffn_multiplier {
         for (int slice = 1; slice < item.slices; slice++)
 #pragma unroll
             for (int part = 0; part < Shape::SUM_STAGES; part++) {
-                const uint32_t place = shared + stage.at * Shape::STAGE + half * Shape::HALF_SUMS + thread * 16;
+                const uint32_t place = shared + stage.at * Shape::STAGE + half * Shape::HALF_SUM_BYTES + thread * 16;
                 const char *from = static_cast<const char *>(__cvta_shared_to_generic(place));
                 wait_full();
 #pragma unroll
@@ -142,7 +144,7 @@ template <typename T, class Shape> struct ffn_multiplier {
 #pragma unroll
                     for (int i = 0; i < 2 * M; i++) {
                         float *e = s.d + i / 2 * s.EACH + q * 8 + i % 2 * 4;
-                        const float4 v = *reinterpret_cast<const float4 *>(from + q % IN_STAGE * (M * SUM_UNIT) +
+                        const float4 v = *reinterpret_cast<const float4 *>(from + q % IN_STAGE * (M * SUM_UNIT_BYTES) +
                                                                            i * (WARPGROUP * 16));
                         e[0] += v.x;
                         e[1] += v.y;
