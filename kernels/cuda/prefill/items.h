@@ -71,7 +71,7 @@ struct moe_items {
 
 struct moe_item {
     int32_t row;  /* the first of its rows in the plan */
-    int32_t rows; /* 1 to nmax, or joint; 0: nothing (moe_items_at), or in the kernel: there are no more items */
+    int32_t rows; /* 1 to nmax, or to joint; 0: nothing (moe_items_at), or in the kernel: there are no more items */
     int32_t tile, group, band;
     bool gemm2;
     bool once;            /* no other tile needs these weights */
