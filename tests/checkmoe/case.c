@@ -111,9 +111,7 @@ static void draw_cut_items(struct test_case *c, struct random *random, bool smal
 
     c->hidden = 8 * random_between(random, 8, small ? 17 : 65);
     c->intermediate = 64 * (longest ? 96 : small ? 40 : random_between(random, 40, 48)) + PICK(random, -8, 0, 8);
-    c->experts = (int32_t)random_between(random, many ? 6 : 1, many ? 12 : 3);
-    if (small)
-        c->experts = PICK(random, 1, 1, 4);
+    c->experts = small ? PICK(random, 1, 1, 4) : (int32_t)random_between(random, many ? 6 : 1, many ? 12 : 3);
     c->top_k = c->slots = (int32_t)random_between(random, 1, c->experts < 3 ? c->experts : 3);
     c->tokens = small ? PICK(random, 1, 40, 200, 225, 256) : PICK(random, 100, 192, 193, 225, 256, 257, 400) / c->slots;
     c->max_sms = PICK(random, 0, 0, 10, 17);

@@ -136,7 +136,7 @@ layout layout_of(const struct moe_call *call)
     layout at = {};
     at.finished = COUNTER_BYTES;
     at.summed = at.finished + aligned(tiles * sizeof(int32_t));
-    at.sums = at.summed + aligned((size_t)room_for_sums(call) * SUMMING_WARPS * sizeof(int32_t));
+    at.sums = at.summed + aligned((size_t)room_for_sums(call) * MULTIPLYING_WARPS * sizeof(int32_t));
     at.bytes = at.sums + (size_t)room_for_sums(call) * SUM_BYTES;
     return at;
 }

@@ -28,8 +28,8 @@ struct ffn_args {
                                    // zero at the start
     int32_t *all_finished;         // the sum of those
     moe_items items;               // without the table
-    int32_t *summed;               // [items cut][blocks][slices but the last][SUMMING_WARPS]: 1: this warp has left
-                                   // its sums, or has none; zero at the start
+    int32_t *summed;               // [items cut][blocks][slices but the last][MULTIPLYING_WARPS]: 1: this warp has
+                                   // left its sums, or has none; zero at the start
     char *sums;                    // [items cut][blocks][slices but the last] of Shape::SUM_BYTES: what these leave
     int32_t hidden, intermediate;
     int32_t guess; // tiles of weights to fetch before the routing is known
@@ -38,9 +38,9 @@ struct ffn_args {
 constexpr int WARPGROUP = 128;
 constexpr int MULTIPLIERS = 2; // warpgroups
 constexpr int FFN_THREADS = (1 + MULTIPLIERS) * WARPGROUP;
-constexpr int SUMMING_WARPS = MULTIPLIERS * WARPGROUP / 32; // of a slice
-constexpr int MOST_SLICES = 4;                              // of an item
-static_assert((MOST_SLICES - 1) * SUMMING_WARPS <= 32, "a warp waits for them, each lane for one");
+constexpr int MULTIPLYING_WARPS = MULTIPLIERS * WARPGROUP / 32;
+constexpr int MOST_SLICES = 4; // of an item
+static_assert((MOST_SLICES - 1) * MULTIPLYING_WARPS <= 32, "a warp waits for their flags, each lane for one");
 constexpr int ROW_BYTES = MOE_PACKED_ROW_BYTES, COLS = MOE_PACKED_COLS, TILE_BYTES = MOE_PACKED_TILE_BYTES;
 constexpr int WEIGHT_BYTES = MULTIPLIERS * TILE_BYTES; // in a stage
 constexpr int M_BLOCKS = 2;                            // of 64 weight rows, to a warpgroup
@@ -67,7 +67,7 @@ constexpr int SUM_UNIT_BYTES = MOE_PACKED_ROWS / M_BLOCKS * MOE_ROW_STEP * 4;
 
 // NMAX tokens to a tile, STAGES in the ring. ORDERED: GEMM 1's tokens lie in `down`, in plan order. PAIRED: by clusters
 // of two blocks. CUTS: the last items may be cut. Only where tokens are in order: one thread fills a stage of sums, and
-// where all gather the code for it alone would take 0.3 to 1.5 %.
+// where all gather uniform routing would pay 0.3 to 1.5 % for it.
 template <int NMAX_, int STAGES_, bool ORDERED_, bool PAIRED_> struct ffn_shape {
     static constexpr int NMAX = NMAX_, STAGES = STAGES_;
     static constexpr bool ORDERED = ORDERED_, PAIRED = PAIRED_, CUTS = ORDERED;
@@ -166,7 +166,7 @@ template <class Shape> __device__ __forceinline__ char *sums_of(const ffn_args &
 template <class Shape>
 __device__ __forceinline__ int32_t *summed_of(const ffn_args &args, const moe_item &item, int slice)
 {
-    return args.summed + slice_place<Shape>(item, slice) * SUMMING_WARPS;
+    return args.summed + slice_place<Shape>(item, slice) * MULTIPLYING_WARPS;
 }
 
 // Where both kinds of warpgroups read what is next. A place and a parity would take one register more.

@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_consta
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::STAGES; i++) {
             moe_barrier_init(shared + Shape::FULL + i * 8, Shape::FILLERS);
-            moe_barrier_init(shared + Shape::EMPTY + i * 8, Shape::BLOCKS * MULTIPLIERS * WARPGROUP / 32);
-            moe_barrier_init(shared + Shape::WRITTEN + i * 8, MULTIPLIERS * WARPGROUP / 32);
+            moe_barrier_init(shared + Shape::EMPTY + i * 8, Shape::BLOCKS * MULTIPLYING_WARPS);
+            moe_barrier_init(shared + Shape::WRITTEN + i * 8, MULTIPLYING_WARPS);
         }
         for (int i = 0; i < SLOTS; i++) {
             moe_barrier_init(shared + Shape::SLOT_FULL + i * 8, 1);
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_consta
         moe_cluster_arrive_relaxed();
     moe_grid_launch_dependents();
     moe_grid_wait();
-    const int rank = Shape::PAIRED ? (int)moe_cluster_rank() : 0;
+    const int rank = block_rank<Shape>();
     // Arrives while the table is made.
     const uint32_t next = threadIdx.x == 0 && rank == 0 ? atomicAdd(args.taken, 1) : 0;
     make_table(args.items, reinterpret_cast<moe_item_table *>(ffn_memory + Shape::TABLE),

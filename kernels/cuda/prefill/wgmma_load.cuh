@@ -164,12 +164,12 @@ template <class Shape> struct ffn_loader {
                            t.rows);
             moe_store_commit();
             moe_store_wait_read();
-            constexpr int ARRIVALS = MULTIPLIERS * WARPGROUP / 32; // for all who would have read the stage
+            // For all who would have read the stage.
             if constexpr (Shape::PAIRED) {
-                moe_cluster_barrier_arrive(empty, 0, ARRIVALS);
-                moe_cluster_barrier_arrive(empty, 1, ARRIVALS);
+                moe_cluster_barrier_arrive(empty, 0, MULTIPLYING_WARPS);
+                moe_cluster_barrier_arrive(empty, 1, MULTIPLYING_WARPS);
             } else {
-                moe_barrier_arrive_as(empty, ARRIVALS);
+                moe_barrier_arrive_as(empty, MULTIPLYING_WARPS);
             }
         }
         __syncwarp();
@@ -308,7 +308,7 @@ template <class Shape> struct ffn_loader {
     __device__ __forceinline__ void await_sums(const moe_item &item) const
     {
         const int lane = threadIdx.x % 32; // the flags of all slices lie one after another
-        if (lane < (item.slices - 1) * SUMMING_WARPS)
+        if (lane < (item.slices - 1) * MULTIPLYING_WARPS)
             while (moe_load_acquire(summed_of<Shape>(args, item, 0) + lane) == 0)
                 ;
         __syncwarp();

@@ -19,8 +19,7 @@ template <typename T, class Shape> struct ffn_multiplier {
 
     // A thread's sums of M times 64 weight rows.
     template <int M> struct sums {
-        static constexpr int ROWS = M == M_BLOCKS ? Shape::NMAX : Shape::JOINT, EACH = ROWS / 2;
-        static constexpr int STEPS = ROWS / MOE_ROW_STEP;
+        static constexpr int STEPS = Shape::template STEPS<M>, ROWS = STEPS * MOE_ROW_STEP, EACH = ROWS / 2;
         float d[M * EACH];
     };
 
@@ -288,12 +287,12 @@ template <typename T, class Shape> struct ffn_multiplier {
                     say_summed(item);
                 continue;
             }
-            constexpr int STEPS = Shape::NMAX / MOE_ROW_STEP;
+            constexpr int STEPS = Shape::template STEPS<M_BLOCKS>;
             if constexpr (Shape::PAIRED)
                 if (item.joint) {
                     // Zeros, of no use but that the compiler keeps neither kind of sums while the other one is made.
                     sums<1> joint_sums = {};
-                    run<1, STEPS + 1, Shape::JOINT / MOE_ROW_STEP>(item, joint_sums, of);
+                    run<1, STEPS + 1, Shape::template STEPS<1>>(item, joint_sums, of);
                     s = {};
                     continue;
                 }
