@@ -282,7 +282,11 @@ template <typename T> void launch_tensor(const struct moe_gate_args *args, const
             consider(t, e);
 
     typedef tensor_tile<T, 1, 1, 8, 2, 0, true> half;
-    if (tokens <= half::TOKENS)
+    typedef tensor_tile<T, 1, 1, 12, 2, 0, true> half_12; // for slices that are just too long for one round of eight
+    const int64_t steps = moe_ceil_div(args->hidden, STEP * SLICES);
+    if (tokens <= half::TOKENS && steps > 8 && steps <= 12)
+        half_12::launch(args, gpu, tokens, experts);
+    else if (tokens <= half::TOKENS)
         half::launch(args, gpu, tokens, experts);
     else if (tokens <= smallest::TOKENS)
         smallest::launch(args, gpu, tokens, experts);

@@ -50,11 +50,13 @@ template <typename T, class Shape> struct ffn_multiplier {
     // to pass the stage on as early as can be, the other one's keep the tensor cores busy.
     template <int M, int N> __device__ __forceinline__ void multiply(sums<M> &s, int blocks, bool gathered)
     {
+        // A place's description is that of the ring's begin and the distance, in units of 16 bytes: so no address has
+        // to be made for it.
+        const uint32_t ring = moe_wgmma_matrix(shared);
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
-            const uint32_t base = shared + stage.at * Shape::STAGE;
-            const uint32_t a = moe_wgmma_matrix(base + half * (M * TILE_BYTES / M_BLOCKS));
-            const uint32_t b = moe_wgmma_matrix(base + M * TILE_BYTES);
+            const uint32_t place = ring + stage.at * (Shape::STAGE / 16);
+            const uint32_t a = place + half * (M * TILE_BYTES / M_BLOCKS / 16), b = place + M * TILE_BYTES / 16;
             wait_full();
             if (gathered)
                 moe_fence_async_shared(); // the loading threads' own copies, which the tensor cores might not see yet
