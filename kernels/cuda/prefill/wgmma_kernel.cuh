@@ -38,6 +38,8 @@
 // they read, so that what an item waits for is always done or being done, on however few blocks the grid runs. What an
 // item is each block finds for itself, from the plan's offsets and a table in shared memory: no kernel ahead makes a
 // list.
+//
+// Who waits for what in a block is also written down in tests/model/prefill_ring.py, which runs it in random orders.
 #ifndef MOE_KERNELS_CUDA_PREFILL_WGMMA_KERNEL_CUH
 #define MOE_KERNELS_CUDA_PREFILL_WGMMA_KERNEL_CUH
 
