@@ -281,13 +281,12 @@ template <typename T> void launch_tensor(const struct moe_gate_args *args, const
         for (int e = smallest::EXPERTS; e > 0; e /= 2)
             consider(t, e);
 
+    // Eight steps of a slice are on their way at once, or as many as it has, if 12 are enough for that.
     typedef tensor_tile<T, 1, 1, 8, 2, 0, true> half;
-    typedef tensor_tile<T, 1, 1, 12, 2, 0, true> half_12; // for slices that are just too long for one round of eight
+    typedef tensor_tile<T, 1, 1, 12, 2, 0, true> half_12;
     const int64_t steps = moe_ceil_div(args->hidden, STEP * SLICES);
-    if (tokens <= half::TOKENS && steps > 8 && steps <= 12)
-        half_12::launch(args, gpu, tokens, experts);
-    else if (tokens <= half::TOKENS)
-        half::launch(args, gpu, tokens, experts);
+    if (tokens <= half::TOKENS)
+        (steps > 8 && steps <= 12 ? half_12::launch : half::launch)(args, gpu, tokens, experts);
     else if (tokens <= smallest::TOKENS)
         smallest::launch(args, gpu, tokens, experts);
     else
