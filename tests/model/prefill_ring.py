@@ -113,7 +113,7 @@ class Layer:
         self.offsets = (ctypes.c_int32 * (len(rows) + 1))(*(sum(rows[:i]) for i in range(len(rows) + 1)))
         self.hidden = draw([64, 128, 192, 256, 320, 384, 448, 512, 600])
         self.intermediate = draw([64, 96, 128, 160, 200, 256, 320])
-        self.k1, self.k2 = self.random.randint(1, 9), self.random.randint(1, 9)  # blocks of K
+        self.k1, self.k2 = self.random.randint(1, 9), self.random.randint(1, 9)  # blocks of K, whatever the sizes
         self.memory_bound = self.random.random() < 0.3
         most_slices, room = 1, 0
         if self.ordered and (draw([False, True]) or mistake == "short slices"):
@@ -267,7 +267,7 @@ class Loader(Part):
         of = Stages(self.layer, item)
         for i in range(of.sums + of.lent):
             if self.warp == self.stage.at:
-                expect(i > 0 or self.state == OWN, "a tile has not been sent or settled")
+                expect(self.state == OWN, "a tile has not been sent or settled")
                 yield self.block.empty[self.stage.at].waiting(self.stage.parity ^ 1)
                 if i < of.sums:
                     yield from self.load_sums(item, i)
