@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Items of the prefill path's wgmma kernel (kernels/cuda/prefill/items.h), for prefill_ring.py. One layer at a time. */
-#include "kernels/cuda/prefill/items.h"
+#include "tests/unit/item_table.h"
 
 int32_t model_setup(int32_t groups, const int32_t *offsets, int32_t bands1, int32_t bands2, int32_t blocks,
                     int32_t joint, int32_t most_slices, int32_t room, int32_t workers, bool memory_bound);
@@ -16,29 +16,12 @@ int32_t model_setup(int32_t groups, const int32_t *offsets, int32_t bands1, int3
                     int32_t joint, int32_t most_slices, int32_t room, int32_t workers, bool memory_bound)
 {
     items = moe_items_make(groups, 192, bands1, bands2, blocks, joint);
-    items.offsets = offsets;
-    items.table = &table;
     items.most_slices = most_slices;
     items.room = room;
     items.workers = workers;
     items.memory_bound = memory_bound;
-    int32_t at = 0, tiles = 0, first = 0;
-    for (int last = 0; last < 2; last++) {
-        for (int32_t e = 0; e < items.entries; e++) {
-            const int32_t own = moe_items_entry_tiles(&items, e);
-            if (moe_items_is_first(&items, e, own) == (last == 1))
-                continue;
-            table.tile[at] = tiles;
-            table.order[at++] = (uint8_t)e;
-            table.row[e] = offsets[e << items.shift];
-            tiles += own;
-        }
-        first = last == 0 ? tiles : first;
-    }
-    table.tile[items.entries] = tiles;
-    table.row[items.entries] = offsets[groups];
-    moe_items_finish(&items, &table, (uint32_t)tiles, (uint32_t)first);
-    return tiles;
+    fill_table(&items, offsets, &table);
+    return table.tile[items.entries];
 }
 
 int32_t model_count(void)

@@ -2,14 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a model of the blocks of prefill's wgmma kernel, in random orders, and looks for what hangs or mixes stages up.
 
-    prefill_ring.py ITEMS_LIBRARY [--seeds FIRST LAST]
+    prefill_ring.py ITEMS [--seeds FIRST LAST]          ITEMS: items.c, as a shared object
 
 What the warps of a block wait for (kernels/cuda/prefill/wgmma_load.cuh and wgmma_multiply.cuh) rests on a few barriers
 in shared memory of which one can only ask for a phase's parity: who is two phases behind takes the one for the other.
 Whether that can happen depends on timing that no GPU shows at will. Here each loading warp and each multiplying
 warpgroup is a generator that yields what it waits for, a schedule drawn from the seed picks who goes on, some of them
 slow, and copies are complete when the schedule says so. What loads and multiplies follows the kernel's functions of the
-same names, step by step: who changes those changes these.
+same names, step by step: who changes those changes these. Not in the model: lanes, each of which waits for itself, the
+order of memory, and the barriers by which a pair's first block sends numbers (here a list).
 
 Each seed draws a layer and a grid, and must come to its end with every item done once, of its own operands. Then known
 mistakes are made in the model, and each must be found, or the model could not tell a right protocol from a wrong one.
@@ -90,7 +91,7 @@ class Item:
             self.cut = -1
             return
         values = (ctypes.c_int32 * len(FIELDS))()
-        layer.library.model_item(number, block, values)
+        layer.model.model_item(number, block, values)
         for field, value in zip(FIELDS, values):
             setattr(self, field, value)
 
@@ -102,8 +103,8 @@ class Item:
 class Layer:
     """What is drawn from a seed, and what all blocks share."""
 
-    def __init__(self, library, seed, mistake):
-        self.library, self.mistake = library, mistake
+    def __init__(self, model, seed, mistake):
+        self.model, self.mistake = model, mistake
         self.random = random.Random(seed)
         draw = self.random.choice
         self.blocks = draw([1, 2])  # that take an item together
@@ -122,11 +123,11 @@ class Layer:
             self.k2 = self.random.randint(few, many)
         self.clusters = draw([1, 1, 2, 3, 5])
         self.bands1 = -(-2 * self.intermediate // BAND_ROWS)
-        self.tiles = library.model_setup(
+        self.tiles = model.model_setup(
             len(rows), self.offsets, self.bands1, -(-self.hidden // BAND_ROWS), self.blocks,
             JOINT if self.blocks == 2 and draw([False, True]) else 0, most_slices, room, self.clusters,
             self.memory_bound)
-        self.count = library.model_count()
+        self.count = model.model_count()
         self.taken = 0
         self.finished, self.all_finished = [0] * (self.tiles + 1), 0
         self.summed = {}  # of slices that are cut, warps that have left their sums
@@ -468,8 +469,8 @@ def schedule(layer, parts):
         expect(moved or not waits, f"{len(waits)} of {len(parts)} wait for ever")
 
 
-def run(library, seed, mistake=None):
-    layer = Layer(library, seed, mistake)
+def run(model, seed, mistake=None):
+    layer = Layer(model, seed, mistake)
     parts = []
     for _ in range(layer.clusters):
         pair = [Block(layer, rank) for rank in range(layer.blocks)]
@@ -494,21 +495,21 @@ def run(library, seed, mistake=None):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("library")
+    parser.add_argument("items")
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 300))
     args = parser.parse_args()
-    library = ctypes.CDLL(args.library)
+    model = ctypes.CDLL(args.items)
     seeds = range(*args.seeds)
     done = {"items": 0, "gathered": 0, "paired": 0, "cut": 0}
     for seed in seeds:
         try:
-            layer = run(library, seed)
+            layer = run(model, seed)
         except Wrong as wrong:
             sys.exit(f"seed {seed}: {wrong}")
         done["items"] += layer.count
         done["gathered"] += not layer.ordered
         done["paired"] += layer.blocks == 2
-        done["cut"] += library.model_cut() > 0
+        done["cut"] += model.model_cut() > 0
     print(f"{len(seeds)} layers:", ", ".join(f"{count} {name}" for name, count in done.items()))
     if 0 in done.values():
         sys.exit("not every kind of layer was drawn")
@@ -516,7 +517,7 @@ def main():
     for mistake, what in MISTAKES.items():
         for seed in seeds:
             try:
-                run(library, seed, mistake)
+                run(model, seed, mistake)
             except Wrong as wrong:
                 print(f"found at seed {seed}: {what}: {wrong}")
                 break
