@@ -125,7 +125,7 @@ static const struct moe_step simple_steps[] = {
 static const struct moe_step prefill_steps[] = {
     ROUTE_CUDA,
     {"ffn", MOE_STAGE_GATHER | MOE_STAGE_GEMM1 | MOE_STAGE_ACTIVATION | MOE_STAGE_GEMM2, moe_ffn_prefill},
-    {"combine", MOE_STAGE_COMBINE, moe_combine_cuda},
+    {"combine", MOE_STAGE_COMBINE, moe_combine_planned_cuda},
     {NULL, 0, NULL},
 };
 

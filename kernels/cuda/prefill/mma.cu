@@ -311,13 +311,16 @@ template <class Shape, bool GATED> __global__ void __launch_bounds__(Shape::THRE
 
     uint32_t base = moe_shared(shared);
     keep(base);
-    moe_grid_launch_dependents();
+    if (GATED) // else the plan is to be complete when the next kernel starts
+        moe_grid_launch_dependents();
     if (threadIdx.x < Shape::STAGES) {
         moe_barrier_init(base + threadIdx.x * 8, FETCHERS + 1);
         moe_barrier_init(base + EMPTY + threadIdx.x * 8, Shape::WARPS * 32);
     }
     __syncthreads();
     moe_grid_wait();
+    if (!GATED)
+        moe_grid_launch_dependents();
     if (threadIdx.x >= Shape::WARPS * 32)
         fetch<Shape, GATED>(g, shared, base);
     else

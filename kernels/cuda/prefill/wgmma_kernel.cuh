@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_consta
     __syncthreads();
     if (Shape::PAIRED)
         moe_cluster_arrive_relaxed();
-    moe_grid_launch_dependents();
     moe_grid_wait();
+    moe_grid_launch_dependents(); // the plan is complete when the next kernel starts
     const int rank = block_rank<Shape>();
     // Arrives while the table is made.
     const uint32_t next = threadIdx.x == 0 && rank == 0 ? atomicAdd(args.taken, 1) : 0;
