@@ -87,16 +87,20 @@ moe_status moe_path_available(const moe_context *ctx, moe_path path, const moe_l
     return status == MOE_ERROR_INVALID_ARGUMENT ? moe_context_report((moe_context *)ctx, status, &why) : status;
 }
 
-/* Up to how many tokens `auto` takes decode, as rows of an expert on average. On compute capability 9.0 (an H200)
+/* Up to how many tokens `auto` takes decode, by rows of an expert on average. On compute capability 9.0 (an H200)
  * decode is up to 3 % faster with uniform routing, up to there and some way beyond; with skewed routing prefill is
- * faster from 13 to 28 rows on, by the shape, and by 2 to 10 % at twice that. Where few experts get all the tokens
- * prefill has too few items for all SMs, and decode takes up to 30 % less time. Elsewhere, not measured, decode
+ * faster from 13 to 28 rows on, by the shape, and by 2 to 10 % at twice that. But not as long as no expert can have
+ * more tokens than decode's largest tile: then decode still reads each weight once. Where few experts get all the
+ * tokens prefill has too few items for all SMs, and decode takes up to 30 % less time. Elsewhere, not measured, decode
  * multiplies small tiles where prefill pads them. `moe tune` knows better than both. */
 static int64_t decode_most(const moe_layer *layer)
 {
-    enum { ROWS_WGMMA = 20, ROWS_MMA = 48 };
-    const int64_t rows = layer->ctx->exec.compute_capability == 90 ? ROWS_WGMMA : ROWS_MMA;
-    return rows * layer->desc.num_experts / layer->desc.top_k;
+    enum { ROWS_WGMMA = 20, ROWS_ONE_TILE = 32, TILE = 128, ROWS_MMA = 48 };
+    const int64_t experts = layer->desc.num_experts, top_k = layer->desc.top_k;
+    if (layer->ctx->exec.compute_capability != 90)
+        return ROWS_MMA * experts / top_k;
+    const int64_t most = ROWS_WGMMA * experts / top_k, one_tile = ROWS_ONE_TILE * experts / top_k;
+    return most > TILE ? most : one_tile < TILE ? one_tile : TILE;
 }
 
 /* What `auto` takes where no measurement says better, for which counts from *least on. */

@@ -313,9 +313,9 @@ static void chooses_by_formula(void **state)
         assert_string_equal(decode, "wgmma");
     }
     expect_reason(&layer, MOE_PATH_AUTO, 10, "decode, configuration %s: 2.5 rows an expert on average", decode);
-    expect_reason(&layer, MOE_PATH_AUTO, 80, "decode, configuration %s: 20 rows an expert on average", decode);
-    expect_reason(&layer, MOE_PATH_AUTO, 81, "prefill, configuration %s: 20 rows an expert on average",
-                  formula_name(&layer, MOE_PATH_PREFILL, 81));
+    expect_reason(&layer, MOE_PATH_AUTO, 128, "decode, configuration %s: 32 rows an expert on average", decode);
+    expect_reason(&layer, MOE_PATH_AUTO, 129, "prefill, configuration %s: 32 rows an expert on average",
+                  formula_name(&layer, MOE_PATH_PREFILL, 129));
     expect_reason(&layer, MOE_PATH_AUTO, 8192, "prefill, configuration %s: 2048 rows an expert on average", many);
     expect_reason(&layer, MOE_PATH_PREFILL, 10,
                   "prefill, configuration %s: asked for by name; 2.5 rows an expert on average", few);
@@ -331,6 +331,12 @@ static void chooses_by_formula(void **state)
     expect_reason(&layer, MOE_PATH_AUTO, 192, "decode, configuration mma: 48 rows an expert on average");
     expect_reason(&layer, MOE_PATH_AUTO, 193, "prefill, configuration mma: 48 rows an expert on average");
     gpu.exec.compute_capability = 90;
+
+    /* Where a token has half of the experts 64 tokens have 32 rows an expert. */
+    moe_layer half = layer;
+    half.desc.top_k *= 2;
+    for (int64_t tokens = 62; tokens <= 67; tokens++)
+        expect_path_at(&half, tokens, tokens <= 64 ? MOE_PATH_DECODE : MOE_PATH_PREFILL);
 
     /* Many experts, few of them a token's. */
     moe_layer wide = make_layer(MOE_F16, 40, 24, MOE_LAYOUT_ROW_MAJOR);
@@ -506,9 +512,10 @@ static void workspace_for_every_count(void **state)
         moe_layer layer = make_layer(MOE_BF16, shapes[i].hidden, shapes[i].intermediate, MOE_LAYOUT_PACKED);
         layer.desc.num_experts = shapes[i].experts;
         layer.desc.top_k = shapes[i].top_k;
-        const int64_t last = 20 * (int64_t)shapes[i].experts / shapes[i].top_k; /* of decode */
-        const int64_t most[] = {0,   1,   7,   8,   9,   79,  80,   81,       127,
-                                128, 129, 191, 192, 193, 400, last, last + 1, last + 30};
+        const int64_t few = 32 * (int64_t)shapes[i].experts / shapes[i].top_k; /* decode's last: one of these, or 128 */
+        const int64_t many = 20 * (int64_t)shapes[i].experts / shapes[i].top_k;
+        const int64_t most[] = {0,   1,   7,   8,   9,       127,  128,      129,      191,
+                                192, 193, 400, few, few + 1, many, many + 1, many + 30};
         for (size_t k = 0; k < sizeof most / sizeof *most; k++)
             for (size_t p = 0; p < sizeof wanted / sizeof *wanted; p++)
                 for (gpu.exec.sms = sms; gpu.exec.sms > 0; gpu.exec.sms -= sms - 1) {
@@ -521,9 +528,9 @@ static void workspace_for_every_count(void **state)
     const moe_layer layer = make_layer(MOE_BF16, 40, 24, MOE_LAYOUT_PACKED);
     moe_limits limits = moe_limits_init();
     size_t bytes, decode, prefill;
-    limits.max_tokens = 80;
+    limits.max_tokens = 128;
     assert_int_equal(moe_workspace_size(&layer, &limits, &decode), MOE_OK);
-    limits.max_tokens = 84;
+    limits.max_tokens = 132;
     assert_int_equal(moe_workspace_size(&layer, &limits, &bytes), MOE_OK);
     limits.path = MOE_PATH_PREFILL;
     assert_int_equal(moe_workspace_size(&layer, &limits, &prefill), MOE_OK);
