@@ -132,7 +132,8 @@ moe_status moe_gemm2_simple(const struct moe_call *call);
 /* kernels/cuda/prefill: gather to gemm2 in one step; x, plan -> act, down (both dtype). Some configurations read x
  * through row_token, others gather it into `down` first, where x must not lie then. Either layout; H and I are
  * multiples of 8, dtype is bf16 or f16. The first moe_zeroed_prefill bytes of the scratch memory are zero (the plan
- * sees to it). Configurations: moe_prefill_config_name(1), ... until it is NULL. */
+ * sees to it). The last launch lets the next kernel start when the plan is complete. Configurations:
+ * moe_prefill_config_name(1), ... until it is NULL. */
 moe_status moe_ffn_prefill(const struct moe_call *call);
 size_t moe_scratch_prefill(const struct moe_call *call);
 size_t moe_zeroed_prefill(const struct moe_call *call);

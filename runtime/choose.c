@@ -89,10 +89,10 @@ moe_status moe_path_available(const moe_context *ctx, moe_path path, const moe_l
 
 /* Up to how many tokens `auto` takes decode, by rows of an expert on average. On compute capability 9.0 (an H200)
  * decode is up to 3 % faster with uniform routing, up to there and some way beyond; with skewed routing prefill is
- * faster from 13 to 28 rows on, by the shape, and by 2 to 10 % at twice that. But not as long as no expert can have
- * more tokens than decode's largest tile: then decode still reads each weight once. Where few experts get all the
- * tokens prefill has too few items for all SMs, and decode takes up to 30 % less time. Elsewhere, not measured, decode
- * multiplies small tiles where prefill pads them. `moe tune` knows better than both. */
+ * faster from 13 to 28 rows on, by the shape, and by 2 to 10 % at twice that. But not, up to 32 rows, as measured on
+ * Mixtral, where all the tokens fit in decode's largest tile: then it reads each weight once, however they are routed.
+ * Where few experts get all the tokens prefill has too few items for all SMs, and decode takes up to 30 % less time.
+ * Elsewhere, not measured, decode multiplies small tiles where prefill pads them. `moe tune` knows better than both. */
 static int64_t decode_most(const moe_layer *layer)
 {
     enum { ROWS_WGMMA = 20, ROWS_ONE_TILE = 32, TILE = 128, ROWS_MMA = 48 };

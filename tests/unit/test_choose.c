@@ -332,6 +332,13 @@ static void chooses_by_formula(void **state)
     expect_reason(&layer, MOE_PATH_AUTO, 193, "prefill, configuration mma: 48 rows an expert on average");
     gpu.exec.compute_capability = 90;
 
+    /* Between: 20 rows an expert are 106 tokens, 32 are 170, of which 128 fit in a tile. */
+    moe_layer between = layer;
+    between.desc.num_experts = 16;
+    between.desc.top_k = 3;
+    for (int64_t tokens = 105; tokens <= 131; tokens++)
+        expect_path_at(&between, tokens, tokens <= 128 ? MOE_PATH_DECODE : MOE_PATH_PREFILL);
+
     /* Where a token has half of the experts 64 tokens have 32 rows an expert. */
     moe_layer half = layer;
     half.desc.top_k *= 2;
