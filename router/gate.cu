@@ -403,11 +403,6 @@ __global__ void __launch_bounds__((CAN_TALLY<PER> ? MOST_TOPK_WARPS : TOPK_WARPS
     __shared__ uint32_t row[MOE_TALLY_EXPERTS / 4];
     moe_grid_launch_dependents();
     const bool tallies = CAN_TALLY<PER> && tally.counts != NULL;
-    if (threadIdx.x == 0) {
-        moe_touch(args.logits);
-        moe_touch(args.ids);
-        moe_touch(args.weights);
-    }
     if (tallies) {
         moe_tally_clear(row, args.experts);
         __syncthreads();

@@ -152,13 +152,6 @@ __global__ void __launch_bounds__(TALLY_THREADS, 2)
     for (int k = 0; k < PER_THREAD; k++)
         token[k] = (int)((uint32_t)(thread + k * TALLY_THREADS) / (uint32_t)args.slots);
     clear();
-    if (thread == 0) {
-        moe_touch(tally.counts);
-        moe_touch(args.ids);
-        moe_touch(args.weights);
-        moe_touch(args.plan.counts);
-        moe_touch(args.plan.row_token);
-    }
     __syncthreads();
     moe_grid_wait();
 

@@ -49,13 +49,6 @@ static __device__ __forceinline__ void moe_read_now(uint32_t &v)
     v = __shfl_sync(0xffffffffu, v, 0);
 }
 
-// Has an address translated by the time when it is read. As it changes nothing and returns nothing, it may come before
-// moe_grid_wait().
-static __device__ __forceinline__ void moe_touch(const void *p)
-{
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
 // Starts to bring `bytes` from p on (both multiples of 16) into L2. As it changes nothing and returns nothing, it may
 // come before moe_grid_wait(). Nothing happens below 9.0, where kernels never start early.
 static __device__ inline void moe_prefetch_l2(const void *p, uint32_t bytes)
