@@ -72,10 +72,10 @@ void *case_workspace(const moe_layer *layer, moe_path path, int64_t tokens, size
 
 /* ---- Configurations, graphs, differences ---- */
 
-bool case_next_config(int32_t *config)
+bool case_next_config(moe_path path, int32_t *config)
 {
-    for (; moe_path_config_name(MOE_PATH_DECODE, *config) != NULL; ++*config)
-        if (moe_choose_config(case_ctx, moe_path_info_get(MOE_PATH_DECODE), *config, NULL) == MOE_OK)
+    for (; moe_path_config_name(path, *config) != NULL; ++*config)
+        if (moe_choose_config(case_ctx, moe_path_info_get(path), *config, NULL) == MOE_OK)
             return true;
     return false;
 }

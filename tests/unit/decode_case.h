@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the tests of the decode path on a GPU share: three layers of random weights, single forwards of them with what
- * they give alone, and an end for a test that hangs. */
+/* What the tests of the decode path on a GPU, and of chains of forwards, share: three layers of random weights, single
+ * forwards of them with what they give alone, and an end for a test that hangs. */
 #ifndef MOE_TESTS_UNIT_DECODE_CASE_H
 #define MOE_TESTS_UNIT_DECODE_CASE_H
 
@@ -52,8 +52,8 @@ void *case_alloc(size_t bytes);
 void *case_copy(const void *host, size_t bytes);
 void *case_workspace(const moe_layer *layer, moe_path path, int64_t tokens, size_t *bytes);
 
-/* From *config on, the first configuration of decode that this GPU can run; false: none. */
-bool case_next_config(int32_t *config);
+/* From *config on, the path's first configuration that this GPU can run; false: none. */
+bool case_next_config(moe_path path, int32_t *config);
 /* What the stream captured, ready to be launched. */
 cudaGraphExec_t case_end_capture(cudaStream_t stream);
 

@@ -102,7 +102,7 @@ static void little_room(void **state)
     struct test_differences *found = case_differences();
     hold_sms(case_device.cores - 1); /* loads the kernel */
     release_sms();
-    for (int32_t config = 1; case_next_config(&config); config++)
+    for (int32_t config = 1; case_next_config(MOE_PATH_DECODE, &config); config++)
         for (int layout = 0; layout < CASE_LAYOUTS; layout++)
             for (size_t bound = 0; bound < sizeof bounds / sizeof *bounds; bound++)
                 for (size_t b = 0; b < sizeof batches / sizeof *batches; b++)

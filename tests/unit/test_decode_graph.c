@@ -287,7 +287,7 @@ static void check_batches(int shape, bool routed, int64_t count, int64_t tokens)
     struct batches b = make_batches(model, routed, count, tokens);
     char *first = NULL; /* ids and weights are the same in every configuration */
     int rounds = 100;
-    for (int32_t config = 1; case_next_config(&config); config++) {
+    for (int32_t config = 1; case_next_config(MOE_PATH_DECODE, &config); config++) {
         run_alone(&b, model->layouts[0], config);
         if (first == NULL) {
             make_exact(&b);

@@ -16,7 +16,7 @@ static void streams_at_once(void **state)
     /* All SMs for each, half of them for each, many left over. */
     const int32_t bounds[] = {0, case_device.cores / 2, 2};
     struct test_differences *found = case_differences();
-    for (int32_t config = 1; case_next_config(&config); config++)
+    for (int32_t config = 1; case_next_config(MOE_PATH_DECODE, &config); config++)
         for (size_t bound = 0; bound < sizeof bounds / sizeof *bounds; bound++) {
             const int32_t sms = bounds[bound];
             struct case_run runs[CASE_STREAMS] = {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* On a GPU: forwards of the decode path one after the other, as the layers of a model, in one graph and one workspace.
- * Each gives what it gives alone. */
+/* On a GPU: forwards of a path one after the other, as the layers of a model, in one graph and one workspace. Each
+ * gives what it gives alone. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -9,21 +9,21 @@
 
 #include "tests/unit/decode_case.h"
 
+enum { COUNTS = 7 };
+
 /* Every second one reads what the one before it wrote. */
-static void forwards_in_one_graph(void **state)
+static void chain(moe_path path, const int64_t tokens[COUNTS]) /* each with each layer */
 {
-    (void)state;
-    enum { COUNTS = 7, FORWARDS = 2 * CASE_SHAPES * COUNTS, REPLAYS = 200 };
-    static const int64_t tokens[COUNTS] = {1, 64, 5, 16, 2, 33, 300}; /* each with each layer */
+    enum { FORWARDS = 2 * CASE_SHAPES * COUNTS, REPLAYS = 200 };
     struct test_differences *found = case_differences();
-    for (int32_t config = 1; case_next_config(&config); config++) {
+    for (int32_t config = 1; case_next_config(path, &config); config++) {
         struct case_run runs[FORWARDS];
         size_t bytes = 0;
         cudaStream_t stream = case_streams[0];
         for (int i = 0; i < FORWARDS; i++) {
             const int32_t max_sms = i % 5 == 3 ? 2 : 0;
-            runs[i] = case_run_make(&case_models[i / 2 % CASE_SHAPES], i % CASE_LAYOUTS, MOE_PATH_DECODE, config,
-                                    max_sms, false, tokens[i / 2 % COUNTS], 500 + (uint64_t)i, stream);
+            runs[i] = case_run_make(&case_models[i / 2 % CASE_SHAPES], i % CASE_LAYOUTS, path, config, max_sms, false,
+                                    tokens[i / 2 % COUNTS], 500 + (uint64_t)i, stream);
             if (i % 2 == 1) { /* alone, once more, on the result of the one before */
                 runs[i].batch.hidden_states = runs[i - 1].y;
                 case_run_enqueue(&runs[i]);
@@ -48,8 +48,8 @@ static void forwards_in_one_graph(void **state)
         }
         const struct test_differences got = case_found(found, stream);
         if (got.count != 0)
-            fail_msg("configuration %d: %llu differences, the first in replay %llu, forward %llu", (int)config,
-                     got.count, got.first / FORWARDS, got.first % FORWARDS);
+            fail_msg("%s, configuration %d: %llu differences, the first in replay %llu, forward %llu",
+                     moe_path_name(path), (int)config, got.count, got.first / FORWARDS, got.first % FORWARDS);
         cudaGraphExecDestroy(exec);
         moe_buffer_free(case_ctx, workspace);
         for (int i = 0; i < FORWARDS; i++)
@@ -58,10 +58,26 @@ static void forwards_in_one_graph(void **state)
     moe_buffer_free(case_ctx, found);
 }
 
+static void decode(void **state)
+{
+    (void)state;
+    static const int64_t tokens[COUNTS] = {1, 64, 5, 16, 2, 33, 300};
+    chain(MOE_PATH_DECODE, tokens);
+}
+
+/* What combine reads before the FFN has ended is the plan of its own forward. */
+static void prefill(void **state)
+{
+    (void)state;
+    static const int64_t tokens[COUNTS] = {300, 1, 700, 33, 16, 513, 64};
+    chain(MOE_PATH_PREFILL, tokens);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup(forwards_in_one_graph, case_watch),
+        cmocka_unit_test_setup(decode, case_watch),
+        cmocka_unit_test_setup(prefill, case_watch),
     };
     const int status = case_open();
     if (status != 0)
