@@ -80,7 +80,6 @@ template <int PER> struct walker : follower {
         if constexpr (PER == 0) {
             moe_decode_await_plan();
             largest = walk.start();
-            fit_guess(walk, largest);
         } else {
             largest = start_routed(walk);
         }
@@ -123,15 +122,6 @@ template <int PER> struct walker : follower {
                 atomicExch(pace(), (uint32_t)max(MOE_PACED_LEAST, min((int)UNDER_WAY + behind / 2, MOE_PACED_MOST)));
             __nanosleep(200); // a block of K takes twice as long and more
         }
-    }
-
-    // Guessed blocks past the end of the ring are lost. Nobody may use that memory before they have come.
-    __device__ __forceinline__ void fit_guess(moe_decode_walk &walk, int32_t largest)
-    {
-        const int fit = args.stages[width_of(largest)];
-        for (int i = fit; i < args.decode.guess; i++)
-            moe_barrier_wait(shared + WEIGHTS_FULL + i * 8, 0);
-        walk.guessed = max(-fit, min(walk.guessed, fit));
     }
 
     // Makes the list of whatever there is at first, without a result, so that these instructions, too, are in the SM's
@@ -262,17 +252,17 @@ band_weights weights_of(const void *data, int64_t rows, int64_t cols, bool packe
             last_bytes};
 }
 
-// Blocks of weights to load of a guessed band: a ring full, if the largest tile has half as many rows again as the
-// average group, and some. Most groups should have rows; where some have not it costs little, for memory is idle until
-// the routing is known. What is guessed must be items, of which no more than the whole bands have owners.
+// Blocks of weights to load of a guessed band: as many as fit whatever the largest tile is, for those that do not would
+// be read twice. Most groups should have rows; where some have not it costs little, for memory is idle until the
+// routing is known. What is guessed must be items, of which no more than the whole bands have owners.
 int32_t guessed_blocks(const struct moe_call *call, const moe_decode_args &decode, const uint8_t *stages)
 {
     const moe_decode_gemm &gemm = decode.gemm[0];
-    const int64_t pairs = call->tokens * call->slots, rows = 3 * pairs / (2 * decode.groups) + 8;
-    const int32_t whole = moe_work_make(&gemm.work, decode.groups * gemm.bands).whole, most = 1 << decode.most_log2;
+    const int64_t pairs = call->tokens * call->slots;
+    const int32_t whole = moe_work_make(&gemm.work, decode.groups * gemm.bands).whole;
     if (pairs < decode.groups || whole < decode.workers || (MOE_GUESSED_GROUPS - 1) * gemm.bands < decode.workers)
         return 0;
-    const int32_t ring = stages[width_of(rows < most ? (int)rows : most)];
+    const int32_t ring = stages[width_of(1 << decode.most_log2)];
     return ring < gemm.work.blocks ? ring : gemm.work.blocks;
 }
 

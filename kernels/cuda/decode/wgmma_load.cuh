@@ -119,17 +119,14 @@ template <int PER> struct weight_loader : follower {
         most_under_way = UNDER_WAY_GUESSED;
     }
 
-    // Goes on when the routing is known, behind the stages that are filled, of which the last ones may be none.
+    // Goes on when the routing is known, behind the stages that are filled: all of the ring at most.
     __device__ __forceinline__ void end_guess()
     {
         moe_decode_await_plan();
         measure();
         most_under_way = UNDER_WAY;
-        if (stage.at < stages)
-            return;
-        for (; under_way > 0; under_way--, oldest.at++)
-            moe_barrier_wait(shared + WEIGHTS_FULL + oldest.at * 8, 0);
-        oldest = stage = {0, 1};
+        if (stage.at == stages)
+            stage = {0, 1};
     }
 
     __device__ void run(int32_t item)
