@@ -164,12 +164,12 @@ template <class Shape> struct ffn_loader {
                            t.rows);
             moe_store_commit();
             moe_store_wait_read();
-            // For all who would have read the stage.
+            constexpr int READS = MULTIPLYING_WARPS * Shape::WARP_READS; // of all who would have read the stage
             if constexpr (Shape::PAIRED) {
-                moe_cluster_barrier_arrive(empty, 0, MULTIPLYING_WARPS);
-                moe_cluster_barrier_arrive(empty, 1, MULTIPLYING_WARPS);
+                moe_cluster_barrier_arrive(empty, 0, READS);
+                moe_cluster_barrier_arrive(empty, 1, READS);
             } else {
-                moe_barrier_arrive_as(empty, MULTIPLYING_WARPS);
+                moe_barrier_arrive_as(empty, READS);
             }
         }
         __syncwarp();
