@@ -233,13 +233,18 @@ template <class Shape> struct ffn_loader {
             return;
         }
         const int row = item.band * MOE_BAND_ROWS + m * MOE_PACKED_ROWS;
+        const bool hint = once && !Shape::ORDERED; // else few groups have one tile, and the stage gets longer
         if (both && item.gemm2)
             moe_tensor_load_3d_both(to, &args.w2_rows, block * COLS, row, item.group, full());
         else if (both)
             moe_tensor_load_5d_both(to, &args.w13_rows, block * COLS, 0, 0, row / 16, item.group, full());
+        else if (item.gemm2 && hint)
+            moe_tensor_load_3d(to, &args.w2_rows, block * COLS, row, item.group, full(), moe_policy_once());
         else if (item.gemm2)
             moe_tensor_load_3d(to, &args.w2_rows, block * COLS, row, item.group, full());
-        else // 8 rows, gate or up, eights of rows
+        else if (hint) // 8 rows, gate or up, eights of rows
+            moe_tensor_load_5d(to, &args.w13_rows, block * COLS, 0, 0, row / 16, item.group, full(), moe_policy_once());
+        else
             moe_tensor_load_5d(to, &args.w13_rows, block * COLS, 0, 0, row / 16, item.group, full());
     }
 
