@@ -76,9 +76,10 @@ template <int NMAX_, int STAGES_, bool ORDERED_, bool PAIRED_> struct ffn_shape 
     // Arrivals that fill a stage: of the thread that starts copies and, where threads gather tokens, of all of these.
     static constexpr int FILLERS = ORDERED ? 1 : 1 + WARPGROUP;
     static_assert(!CUTS || FILLERS == 1);
-    // Arrivals that a warp's reading of a stage counts for. What is left of an item that is cut its lanes read
-    // themselves, and each arrives for itself; of what the tensor cores have read one lane says so for all.
-    static constexpr int WARP_READS = CUTS ? 32 : 1;
+    // Arrivals that a warp's reading of a stage counts for: one lane's for all, who have had the tensor cores read; or,
+    // where lanes themselves read what others have left of an item that is cut, each one's own. In pairs each would go
+    // to both blocks.
+    static constexpr int WARP_READS = CUTS && !PAIRED ? 32 : 1;
 
     // The finished tile in shared memory: pieces of 64 features of all tokens, one to a warpgroup of GEMM 1, in one
     // stage, two of GEMM 2, of each warpgroup in a stage of its own.

@@ -233,7 +233,9 @@ template <class Shape> struct ffn_loader {
             return;
         }
         const int row = item.band * MOE_BAND_ROWS + m * MOE_PACKED_ROWS;
-        const bool hint = once && !Shape::ORDERED; // else few groups have one tile, and the stage gets longer
+        // With many tokens a stage takes long, and then it is slower. One guess: L2 brings the columns of two stages at
+        // once, and the second ones have made way. Where tokens are in order few groups have so few.
+        const bool hint = once && !Shape::ORDERED && item.rows <= 96;
         if (both && item.gemm2)
             moe_tensor_load_3d_both(to, &args.w2_rows, block * COLS, row, item.group, full());
         else if (both)

@@ -40,23 +40,22 @@ template <typename T, class Shape> struct ffn_multiplier {
         const uint32_t empty = shared + Shape::EMPTY + stage.at * 8;
         if constexpr (Shape::PAIRED) {
             if (thread % 32 < Shape::BLOCKS)
-                moe_cluster_barrier_arrive(empty, thread % 32, Shape::WARP_READS);
+                moe_cluster_barrier_arrive(empty, thread % 32);
         } else if (thread % 32 == 0) {
             moe_barrier_arrive_as(empty, Shape::WARP_READS);
         }
     }
 
-    // The same where lanes have read for themselves. One that arrived for all behind a barrier of theirs would do, but
+    // The same where lanes have read for themselves. One that arrives for all behind a barrier of theirs would do, but
     // racecheck does not see an order through two barriers.
     __device__ void release_own() const
     {
-        const uint32_t empty = shared + Shape::EMPTY + stage.at * 8;
-        if constexpr (Shape::PAIRED)
-#pragma unroll
-            for (int block = 0; block < Shape::BLOCKS; block++)
-                moe_cluster_barrier_arrive(empty, block);
-        else
-            moe_barrier_arrive(empty);
+        if constexpr (Shape::WARP_READS > 1) {
+            moe_barrier_arrive(shared + Shape::EMPTY + stage.at * 8);
+        } else {
+            __syncwarp(); // all lanes have read
+            release();
+        }
     }
 
     // d = weights . tokens^T over `blocks` stages, M times 64 weight rows. While this warpgroup waits for its products,
