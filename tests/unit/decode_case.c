@@ -220,7 +220,7 @@ void case_run_free(struct case_run *r)
 
 static void hangs(int signal)
 {
-    static const char text[] = "a test of decode hangs\n";
+    static const char text[] = "a test of forwards hangs\n";
     (void)signal;
     if (write(STDERR_FILENO, text, sizeof text - 1) < 0)
         _exit(2);

@@ -10,8 +10,8 @@
 // operand m; tokens are n, so that few of them waste nothing (wgmma_multiply.cuh). What takes a while but nobody must
 // wait for has warps of its own: finding the tasks to come, and telling other blocks what is in memory. Before all that
 // it routes, if tokens are few (route.cuh), and then the first weights are found ahead of their task (first.cuh). Else
-// the ring fills while others route, with weights that will most likely be needed (decode.cuh, args.guess). How fast it
-// asks for the last of them depends on how far others are (pace.cuh).
+// most of the ring fills while others route, with weights that will most likely be needed (decode.cuh, args.guess). How
+// fast it asks for the last of them depends on how far others are (pace.cuh).
 //
 // How long the ring is, and how many tokens a stage has room for, is found on the device: by the largest tile.
 #include "kernels/cuda/decode/wgmma.cuh"
@@ -252,9 +252,10 @@ band_weights weights_of(const void *data, int64_t rows, int64_t cols, bool packe
             last_bytes};
 }
 
-// Blocks of weights to load of a guessed band: as many as fit whatever the largest tile is, for those that do not would
-// be read twice. Most groups should have rows; where some have not it costs little, for memory is idle until the
-// routing is known. What is guessed must be items, of which no more than the whole bands have owners.
+// Blocks of weights to load of a guessed band: as many as fit with the largest tile that there can be, with which the
+// ring has the fewest stages; for those that do not fit would be read twice. Most groups should have rows; where some
+// have not it costs little, for memory is idle until the routing is known. What is guessed must be items, of which no
+// more than the whole bands have owners.
 int32_t guessed_blocks(const struct moe_call *call, const moe_decode_args &decode, const uint8_t *stages)
 {
     const moe_decode_gemm &gemm = decode.gemm[0];

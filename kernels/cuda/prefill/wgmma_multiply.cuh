@@ -39,6 +39,7 @@ template <typename T, class Shape> struct ffn_multiplier {
     {
         const uint32_t empty = shared + Shape::EMPTY + stage.at * 8;
         if constexpr (Shape::PAIRED) {
+            static_assert(Shape::WARP_READS == 1);
             if (thread % 32 < Shape::BLOCKS)
                 moe_cluster_barrier_arrive(empty, thread % 32);
         } else if (thread % 32 == 0) {
@@ -46,8 +47,8 @@ template <typename T, class Shape> struct ffn_multiplier {
         }
     }
 
-    // The same where lanes have read for themselves. One that arrives for all behind a barrier of theirs would do, but
-    // racecheck does not see an order through two barriers.
+    // The same where lanes have read for themselves. One that arrives for all behind a barrier of theirs would do, as
+    // it does in pairs, but racecheck does not see an order through two barriers.
     __device__ void release_own() const
     {
         if constexpr (Shape::WARP_READS > 1) {
