@@ -110,6 +110,8 @@ static void draw_cut_items(struct test_case *c, struct random *random, bool smal
     const bool longest = random_one_in(random, 4), many = random_one_in(random, 2);
 
     c->hidden = 8 * random_between(random, 8, small ? 17 : 65);
+    if (small && random_one_in(random, 2)) /* so many that both blocks of a pair have rows of w2 */
+        c->hidden += 256;
     c->intermediate = 64 * (longest ? 96 : small ? 40 : random_between(random, 40, 48)) + PICK(random, -8, 0, 8);
     c->experts = small ? PICK(random, 1, 1, 4) : (int32_t)random_between(random, many ? 6 : 1, many ? 12 : 3);
     c->top_k = c->slots = (int32_t)random_between(random, 1, c->experts < 3 ? c->experts : 3);
@@ -311,7 +313,7 @@ static void make_edges(struct random *random, const struct test_case *c, int32_t
 
         while (fit < (int64_t)(sizeof edges / sizeof edges[0]) && edges[fit] <= pairs - used)
             fit++;
-        if (random_one_in(random, 6)) /* an empty one between */
+        if (random_one_in(random, 6) && c->experts > 1) /* an empty one between */
             continue;
         for (end = used + edges[random_between(random, 0, fit - 1)]; used < end; used++)
             ids[used] = e;
