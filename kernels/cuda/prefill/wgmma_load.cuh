@@ -233,9 +233,9 @@ template <class Shape> struct ffn_loader {
             return;
         }
         const int row = item.band * MOE_BAND_ROWS + m * MOE_PACKED_ROWS;
-        // Weights that one tile reads make way in L2 first, but not with many tokens: a stage takes long then, and it
-        // costs time. A guess why: L2 brings the columns of two stages at once, and the second ones have made way.
-        // Where tokens are in order few groups have so few.
+        // Weights that one tile reads make way in L2 first, but not with many tokens: with 64 that saves time, with 128
+        // it costs some. A guess why: L2 brings the columns of two stages at once, and if these take long the second
+        // ones have made way. Where tokens are in order few groups have so few.
         const bool hint = once && !Shape::ORDERED && item.rows <= 96;
         if (both && item.gemm2)
             moe_tensor_load_3d_both(to, &args.w2_rows, block * COLS, row, item.group, full());
