@@ -38,6 +38,7 @@ struct moe_exec {
     int32_t sms;           /* CUDA */
     int32_t compute_capability;
     int32_t shared_bytes;      /* CUDA: of shared memory, the most that a block can have */
+    int32_t cluster;           /* CUDA: blocks that a cluster can have; 1: there are none */
     struct moe_cublas *cublas; /* CUDA, NULL if cuBLAS is not on the machine */
 };
 

@@ -22,8 +22,8 @@ namespace
 // A thread looks after these groups: threadIdx.x + blockDim.x * i.
 constexpr int PER_THREAD = MOE_MAX_EXPERTS / THREADS;
 
-// What a cluster has: as many blocks as every device with clusters can run.
-constexpr int CLUSTER = 8;
+// What a cluster has: as many blocks as every device with clusters can run, or as many as a device may have.
+constexpr int CLUSTER = 8, LARGE_CLUSTER = 16;
 
 // Up to this many pairs a block, one launch is quicker than two, which share the stores among all SMs: of rows all over
 // memory an SM stores one element a cycle at best.
@@ -33,10 +33,14 @@ constexpr int64_t WHOLE_PAIRS = THREADS;
 // around: that takes about as long as the instructions of four tokens, instead of one, on each scheduler.
 constexpr int64_t ALONE_TOKENS = 16;
 
-// Experts are chosen here for up to so many tokens a block, 256 in a cluster: a bit each in a word. With more, what a
-// block's schedulers have to issue takes longer than another launch, which spreads the tokens over all SMs. A thread
-// has one (token, slot) pair at most, and one expert. The block is small enough to be there while the kernel of the
-// logits still runs.
+// More tokens than this are chosen for by a large cluster, if there is one: with 256 that takes 1.3 us less, with 128
+// nothing worth more SMs at the same time.
+constexpr int64_t LARGE_TOKENS = 128;
+
+// Experts are chosen here for up to so many tokens a block, 256 in a cluster, 512 in a large one: a bit each in a word.
+// With more, what a block's schedulers have to issue takes longer than another launch, which spreads the tokens over
+// all SMs. A thread has one (token, slot) pair at most, and one expert. The block is small enough to be there while the
+// kernel of the logits still runs.
 constexpr int64_t CHOOSING_TOKENS = 32;
 constexpr int CHOOSING_THREADS = 512;
 constexpr int CHOOSING_EXPERTS = CHOOSING_THREADS;
@@ -312,6 +316,14 @@ inline int most_blocks(const moe_gpu &gpu)
     return gpu.dependent && moe_built_for_90() && sms >= CLUSTER && 2 * sms >= gpu.sms ? CLUSTER : 1;
 }
 
+// The same where experts are chosen. Who says that there are not all SMs gets no large cluster.
+inline int choosing_blocks(int64_t tokens, const moe_gpu &gpu)
+{
+    const int blocks = tokens <= ALONE_TOKENS ? 1 : most_blocks(gpu);
+    const bool large = tokens > LARGE_TOKENS && gpu.max_sms == 0 && gpu.cluster >= LARGE_CLUSTER;
+    return blocks > 1 && large ? LARGE_CLUSTER : blocks;
+}
+
 // Threads a block that set memory to zero with four stores each.
 inline int64_t zeroing_threads(const moe_plan_args &args, int blocks)
 {
@@ -328,7 +340,7 @@ struct choice {
     int2 *pairs;       // [tokens][top_k]: ids and bits of weights
     uint32_t *chosen;  // [experts]: by which of its tokens
     int32_t *first;    // [experts]: the row of the first of those
-    int32_t *received; // [CLUSTER][experts], in a cluster: the counts of all blocks
+    int32_t *received; // [blocks][experts], in a cluster: the counts of all of them
 
     __device__ choice(int2 *shared, int n, int experts)
         : pairs(shared), chosen((uint32_t *)(shared + n)), first((int32_t *)chosen + experts), received(first + experts)
@@ -338,12 +350,13 @@ struct choice {
 
 constexpr size_t choice_bytes(int pairs, int experts, int blocks)
 {
-    return pairs * sizeof(int2) + (size_t)(blocks > 1 ? 2 + CLUSTER : 2) * experts * sizeof(int32_t);
+    return pairs * sizeof(int2) + (size_t)(blocks > 1 ? 2 + blocks : 2) * experts * sizeof(int32_t);
 }
-static_assert(choice_bytes(CHOOSING_THREADS, CHOOSING_EXPERTS, CLUSTER) <= SHARED_BYTES, "a block's share must fit");
+static_assert(choice_bytes(CHOOSING_THREADS, CHOOSING_EXPERTS, LARGE_CLUSTER) <= SHARED_BYTES,
+              "a block's share must fit");
 
-// The grid is one block, or one cluster; each takes `tokens` tokens, PER experts a lane.
-template <int PER>
+// The grid is one block, or one cluster of BLOCKS; each takes `tokens` tokens, PER experts a lane.
+template <int PER, int BLOCKS>
 __global__ void __launch_bounds__(CHOOSING_THREADS)
     plan_chosen(const moe_gate_args gate, const moe_plan_args args, int tokens)
 {
@@ -361,7 +374,7 @@ __global__ void __launch_bounds__(CHOOSING_THREADS)
     const bool has_pair = (int)token < here;
     if (cluster) {
         if (thread == 0)
-            moe_cluster_expect(&barrier, CLUSTER * experts * sizeof(int32_t));
+            moe_cluster_expect(&barrier, BLOCKS * experts * sizeof(int32_t));
         moe_cluster_arrive_relaxed();
     }
 
@@ -390,12 +403,12 @@ __global__ void __launch_bounds__(CHOOSING_THREADS)
     int32_t count = has_expert ? __popc(own.chosen[thread]) : 0, before = 0, sum;
     if (cluster && has_expert) {
 #pragma unroll
-        for (int b = 0; b < CLUSTER; b++)
+        for (int b = 0; b < BLOCKS; b++)
             moe_cluster_store(own.received + block * experts + thread, b, count, &barrier);
         moe_barrier_wait(moe_shared(&barrier), 0);
         count = 0;
 #pragma unroll
-        for (int b = 0; b < CLUSTER; b++) {
+        for (int b = 0; b < BLOCKS; b++) {
             const int32_t theirs = own.received[b * experts + thread];
             count += theirs;
             before += b < block ? theirs : 0;
@@ -541,7 +554,7 @@ static moe_status topk_then_plan(const struct moe_gate_args *gate, const struct 
 moe_status moe_topk_plan_cuda(const struct moe_gate_args *gate, const struct moe_plan_args *args,
                               const struct moe_gpu *gpu)
 {
-    const int blocks = gate->tokens <= ALONE_TOKENS ? 1 : most_blocks(*gpu);
+    const int blocks = choosing_blocks(gate->tokens, *gpu);
     const int64_t tokens = moe_ceil_div(gate->tokens, blocks), pairs = tokens * gate->top_k;
     if (tokens == 0 || tokens > CHOOSING_TOKENS || pairs > CHOOSING_THREADS || gate->top_k > CHOOSING_TOP_K ||
         gate->experts > CHOOSING_EXPERTS || args->expert_group != NULL)
@@ -549,7 +562,10 @@ moe_status moe_topk_plan_cuda(const struct moe_gate_args *gate, const struct moe
     const int64_t work = std::max({32 * tokens, pairs, zeroing_threads(*args, blocks), (int64_t)128});
     const int threads = std::max((int)std::min(work, (int64_t)CHOOSING_THREADS), gate->experts);
     moe_with_experts_a_lane<CHOOSING_EXPERTS / 32>(gate->experts, [&](auto per) {
-        moe_launch_cluster(plan_chosen<per.value>, blocks, blocks, (threads + 31) / 32 * 32,
+        const auto large = plan_chosen<per.value, LARGE_CLUSTER>, kernel = plan_chosen<per.value, CLUSTER>;
+        if (blocks > CLUSTER)
+            cudaFuncSetAttribute(large, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        moe_launch_cluster(blocks > CLUSTER ? large : kernel, blocks, blocks, (threads + 31) / 32 * 32,
                            choice_bytes((int)pairs, gate->experts, blocks), gpu->stream, gpu->dependent, *gate, *args,
                            (int)tokens);
     });

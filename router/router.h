@@ -20,6 +20,7 @@ struct moe_gpu {
     void *stream;
     int32_t sms;     /* of the device */
     int32_t max_sms; /* to use; 0: all */
+    int32_t cluster; /* blocks that a cluster can have */
     bool dependent;  /* compute capability 9.0: kernels may start ahead (kernels/cuda/common/launch.cuh) */
 };
 

@@ -123,6 +123,7 @@ static moe_status open_cuda(moe_context *ctx, int32_t index, struct moe_error *e
     ctx->info.cores = ctx->exec.sms = facts.sms;
     ctx->info.compute_capability = ctx->exec.compute_capability = facts.compute_capability;
     ctx->exec.shared_bytes = facts.shared_bytes;
+    ctx->exec.cluster = facts.cluster;
     ctx->info.memory_bytes = facts.memory_bytes;
     ctx->info.l2_bytes = facts.l2_bytes;
 

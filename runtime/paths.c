@@ -50,7 +50,13 @@ static const struct moe_step cpu_steps[] = {
 
 static struct moe_gpu gpu_of(const struct moe_call *call)
 {
-    return (struct moe_gpu){call->stream, call->exec->sms, call->max_sms, call->exec->compute_capability == 90};
+    return (struct moe_gpu){
+        .stream = call->stream,
+        .sms = call->exec->sms,
+        .max_sms = call->max_sms,
+        .cluster = call->exec->cluster,
+        .dependent = call->exec->compute_capability == 90,
+    };
 }
 
 static moe_status logits_cuda(const struct moe_call *call)

@@ -126,7 +126,7 @@ static moe_status open_device(int32_t device, struct moe_cuda_facts *facts, stru
     facts->l2_bytes = (uint64_t)prop.l2CacheSize;
     /* Makes the device's context now, so that a GPU in a bad state is found here. */
     status = set_device(device, err);
-    return status == MOE_OK ? moe_cuda_probe(err) : status;
+    return status == MOE_OK ? moe_cuda_probe(&facts->cluster, err) : status;
 }
 
 moe_status moe_cuda_open(int32_t device, struct moe_cuda_facts *facts, struct moe_error *err)

@@ -16,7 +16,7 @@ struct moe_cuda_facts {
     char name[256];
     int32_t sms;
     int32_t compute_capability;
-    int32_t shared_bytes; /* as in moe_exec */
+    int32_t shared_bytes, cluster; /* as in moe_exec */
     uint64_t memory_bytes, l2_bytes;
 };
 
@@ -47,8 +47,9 @@ moe_status moe_cuda_stage_pack(struct moe_cuda_stage *stage, const struct moe_we
 /* Waits for all copies and frees; accepts NULL. */
 moe_status moe_cuda_stage_destroy(struct moe_cuda_stage *stage, struct moe_error *err);
 
-/* For moe_cuda_open: whether this build has kernels that the current device can run (probe.cu). */
-moe_status moe_cuda_probe(struct moe_error *err);
+/* For moe_cuda_open: whether this build has kernels that the current device can run, and in clusters of how many blocks
+ * (probe.cu). */
+moe_status moe_cuda_probe(int32_t *cluster, struct moe_error *err);
 
 #ifdef __cplusplus
 }

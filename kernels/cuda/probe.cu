@@ -7,12 +7,20 @@ static __global__ void probe_kernel()
 {
 }
 
-moe_status moe_cuda_probe(struct moe_error *err)
+moe_status moe_cuda_probe(int32_t *cluster, struct moe_error *err)
 {
     struct cudaFuncAttributes attributes;
     const cudaError_t e = cudaFuncGetAttributes(&attributes, probe_kernel);
-    if (e == cudaSuccess)
+    if (e == cudaSuccess) {
+        // More than 8 takes leave, and a device that has so many SMs side by side.
+        cudaLaunchConfig_t config = {};
+        config.gridDim = config.blockDim = 32;
+        int most = 0;
+        cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        *cluster = cudaOccupancyMaxPotentialClusterSize(&most, probe_kernel, &config) == cudaSuccess ? most : 1;
+        cudaGetLastError(); // before 9.0 there are none
         return MOE_OK;
+    }
     cudaGetLastError();
     return moe_fail(err, MOE_ERROR_NO_DEVICE,
                     "this build's kernels do not run on this GPU (build option gpu_archs): %s", cudaGetErrorString(e));

@@ -32,6 +32,7 @@ MISTAKES = {
     "one arrives for all": "who gathers waits for a lent stage of GEMM 1, but the stage's own warp arrives for all",
     "told too soon": "a slot is written when the loading warps are done with it, whoever multiplies",
     "sent unwritten": "a stage that was lent is passed on before the tile in it has been written",
+    "other first": "in the second block of a pair, of a stage that was lent the first one hears first",
 }
 
 
@@ -211,8 +212,11 @@ class Loader(Part):
         if self.layer.mistake != "sent unwritten":
             yield self.block.written[self.warp].waiting(self.lent_parity)
         self.lent_parity ^= 1
-        for block in self.block.pair:
+        first = 0 if self.layer.mistake == "other first" else self.block.rank
+        for block in self.block.pair[first:] + self.block.pair[:first]:
             block.empty[self.warp].arrive(8)
+            if self.pause():
+                yield None
         self.state = UNSETTLED if self.tile >= 0 else OWN
 
     def settle(self):
@@ -263,11 +267,13 @@ class Loader(Part):
         block.full[self.stage.at].arrive(1, count * len(there))
         for half in there:
             self.copy([block], self.stage.at, ("sums", half), (item.number, at), count)
+        self.state, self.tile = LENT, -1
 
     def load_sums_and_lend(self, item):
         of = Stages(self.layer, item)
         for i in range(of.sums + of.lent):
             if self.warp == self.stage.at:
+                yield from self.send_tile()
                 expect(self.state == OWN, "a tile has not been sent or settled")
                 yield self.block.empty[self.stage.at].waiting(self.stage.parity ^ 1)
                 if i < of.sums:
@@ -408,7 +414,7 @@ class Multiplier(Part):
             yield from self.wait_full()
             if item.steps > at % SUM_STAGES * most:
                 self.holds(("sums", self.half), (item.number, at))
-            self.release()
+            self.pass_back()
             self.stage.next()
 
     def finish(self, item, of):
@@ -432,7 +438,7 @@ class Multiplier(Part):
                 break
             of = Stages(layer, item)
             if not layer.has_weights(item, self.half, block.rank):
-                yield from self.go_along(of.blocks + of.sums, of.lent)
+                yield from self.go_along(of.blocks, of.sums + of.lent)
             else:
                 yield from self.multiply(item, of, not layer.ordered and not item.gemm2)
                 if of.lent:
@@ -496,7 +502,7 @@ def run(model, seed, mistake=None):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("items")
-    parser.add_argument("--seeds", type=int, nargs=2, default=(0, 300))
+    parser.add_argument("--seeds", type=int, nargs=2, default=(0, 500))
     args = parser.parse_args()
     model = ctypes.CDLL(args.items)
     seeds = range(*args.seeds)

@@ -83,7 +83,7 @@ enum { NEXT_BYTES = 16 * 700 };
 
 struct plan_case {
     int64_t tokens;
-    int32_t slots, experts, groups, max_sms;
+    int32_t slots, experts, groups, max_sms, cluster;
     moe_dtype ids_dtype;
     const char *what;
 };
@@ -141,7 +141,12 @@ static struct moe_plan_args plan_args(const struct plan_case *c, char *base)
 
 static struct moe_gpu gpu_of(const struct plan_case *c)
 {
-    return (struct moe_gpu){NULL, ctx->exec.sms, c->max_sms, ctx->exec.compute_capability == 90};
+    return (struct moe_gpu){
+        .sms = ctx->exec.sms,
+        .max_sms = c->max_sms,
+        .cluster = c->cluster,
+        .dependent = ctx->exec.compute_capability == 90,
+    };
 }
 
 /* All memory is as the plain C plan of the ids and weights in `expected` leaves it; the scratch may hold anything. */
@@ -167,7 +172,7 @@ static void check(const struct plan_case *c)
         }
 }
 
-static const int64_t token_counts[] = {1, 7, 33, 255, 256, 257, 1000, 1025, 4096, 5000, 16384, 65537};
+static const int64_t token_counts[] = {1, 7, 33, 129, 255, 256, 257, 511, 513, 1000, 1025, 4096, 5000, 16384, 65537};
 static const int32_t expert_counts[] = {1, 8, 60, 64, 128, 160, 256, 512, 513, 1024, MOE_MAX_EXPERTS};
 static const int32_t slot_counts[] = {8, 1, 2, 10, 4, 16, 33, MOE_MAX_TOP_K};
 static const int32_t sm_counts[] = {0, 0, 1, 3, 17, 1000};
@@ -186,6 +191,7 @@ static void for_each_case(int64_t most, bool differ, void (*run)(struct plan_cas
                                   .groups = expert_counts[e],
                                   .slots = slot_counts[number % COUNT(slot_counts)],
                                   .max_sms = sm_counts[number / 2 % COUNT(sm_counts)],
+                                  .cluster = ctx->exec.cluster,
                                   .ids_dtype = MOE_I32};
             number++;
             if (differ && c.slots > c.experts)
@@ -295,10 +301,20 @@ static void run_chosen(struct plan_case *c, size_t number)
     memory_free();
 }
 
+/* By clusters of whatever size the device has, and by those that every device with clusters has. */
+static void run_clusters(struct plan_case *c, size_t number)
+{
+    run_chosen(c, number);
+    if (c->cluster > 8) {
+        c->cluster = 8;
+        run_chosen(c, number);
+    }
+}
+
 static void chosen_ids(void **state)
 {
     (void)state;
-    for_each_case(17 << 20, true, run_chosen);
+    for_each_case(17 << 20, true, run_clusters);
 }
 
 /* ---- By a tally, whose ranges are whatever its writer likes ---- */

@@ -76,10 +76,6 @@ template <int NMAX_, int STAGES_, bool ORDERED_, bool PAIRED_> struct ffn_shape 
     // Arrivals that fill a stage: of the thread that starts copies and, where threads gather tokens, of all of these.
     static constexpr int FILLERS = ORDERED ? 1 : 1 + WARPGROUP;
     static_assert(!CUTS || FILLERS == 1);
-    // Arrivals on EMPTY for a warp that has read a stage: one; or where lanes may read others' sums, each for itself,
-    // 32, and then one lane arrives for all of them if only tensor cores have read. Not in pairs, where it goes to both
-    // blocks at once: or the one that hears first could be back before the other has heard.
-    static constexpr int WARP_READS = CUTS && !PAIRED ? 32 : 1;
 
     // The finished tile in shared memory: pieces of 64 features of all tokens, one to a warpgroup of GEMM 1, in one
     // stage, two of GEMM 2, of each warpgroup in a stage of its own.

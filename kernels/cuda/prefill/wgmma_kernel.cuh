@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(FFN_THREADS, 1) ffn_kernel(const __grid_consta
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::STAGES; i++) {
             moe_barrier_init(shared + Shape::FULL + i * 8, Shape::FILLERS);
-            moe_barrier_init(shared + Shape::EMPTY + i * 8, Shape::BLOCKS * MULTIPLYING_WARPS * Shape::WARP_READS);
-            moe_barrier_init(shared + Shape::WRITTEN + i * 8, MULTIPLYING_WARPS);
+            moe_barrier_init(shared + Shape::EMPTY + i * 8, Shape::BLOCKS * MULTIPLYING_WARPS);
+            moe_barrier_init(shared + Shape::WRITTEN + i * 8, MULTIPLIERS * WARPGROUP);
         }
         for (int i = 0; i < SLOTS; i++) {
             moe_barrier_init(shared + Shape::SLOT_FULL + i * 8, 1);

@@ -147,6 +147,19 @@ template <class Shape> struct ffn_loader {
         return static_cast<lent_tile *>(__cvta_shared_to_generic(shared + Shape::TILES)) + warp;
     }
 
+    // By one thread of the stage's warp, for all who would have read the stage. In a pair first to this block: where
+    // both have been heard nobody is left to be heard there.
+    __device__ __forceinline__ void give_back() const
+    {
+        const uint32_t empty = shared + Shape::EMPTY + warp * 8;
+        if constexpr (Shape::PAIRED) {
+            moe_cluster_barrier_arrive(empty, rank, MULTIPLYING_WARPS);
+            moe_cluster_barrier_arrive(empty, rank ^ 1, MULTIPLYING_WARPS);
+        } else {
+            moe_barrier_arrive_as(empty, MULTIPLYING_WARPS);
+        }
+    }
+
     // By the stage's warp, before it is filled: when the tile has been written, starts the copies of it, and waits
     // until they have read it.
     __device__ __forceinline__ void send_tile()
@@ -157,20 +170,14 @@ template <class Shape> struct ffn_loader {
         lent_parity ^= 1;
         const lent_tile t = *tile();
         if (moe_elect()) {
-            const uint32_t piece = shared + warp * Shape::STAGE, empty = shared + Shape::EMPTY + warp * 8;
+            const uint32_t piece = shared + warp * Shape::STAGE;
 #pragma unroll 1
             for (int p = 0; p < 2 && t.column + p * COLS < t.columns; p++)
                 store_rows(t.gemm2 ? args.down : args.act, piece + p * Shape::PIECE, t.column + p * COLS, t.row,
                            t.rows);
             moe_store_commit();
             moe_store_wait_read();
-            constexpr int READS = MULTIPLYING_WARPS * Shape::WARP_READS; // of all who would have read the stage
-            if constexpr (Shape::PAIRED) {
-                moe_cluster_barrier_arrive(empty, 0, READS);
-                moe_cluster_barrier_arrive(empty, 1, READS);
-            } else {
-                moe_barrier_arrive_as(empty, READS);
-            }
+            give_back();
         }
         __syncwarp();
         state = t.tile >= 0 ? UNSETTLED : OWN;
@@ -323,8 +330,9 @@ template <class Shape> struct ffn_loader {
         moe_fence_async(); // what other blocks stored comes before the copies
     }
 
-    // Stage `at` of those that bring them, for warpgroups that have weights.
-    __device__ __forceinline__ void load_sums(const moe_item &item, int at) const
+    // Stage `at` of those that bring them, for warpgroups that have weights. It is lent like the others: nothing is
+    // written to it, but threads read it, and each of them says when it has.
+    __device__ __forceinline__ void load_sums(const moe_item &item, int at)
     {
         const bool joint = Shape::PAIRED && item.joint;
         const int slice = at / Shape::SUM_STAGES, part = at % Shape::SUM_STAGES;
@@ -338,6 +346,7 @@ template <class Shape> struct ffn_loader {
             await_sums(item);
         if (moe_elect()) {
             const uint32_t to = shared + stage.at * Shape::STAGE;
+            *tile() = {0, 0, 0, 0, -1, true};
             moe_barrier_expect(full(), bytes * (first + second));
             if (first)
                 moe_bulk_load(to, from, bytes, full(), moe_policy_once());
@@ -346,16 +355,19 @@ template <class Shape> struct ffn_loader {
                               moe_policy_once());
         }
         __syncwarp();
+        state = LENT;
     }
 
     // All stages that bring them, then those lent. A loop of its own, as that of the operands has no register left.
-    // What a warp had to send and to settle is done: the last slice, too, had a stage of operands for it.
+    // What a warp had to send and to settle of other items is done: the last slice, too, had a stage of operands for
+    // it.
     __device__ __forceinline__ void load_sums_and_lend(const moe_item &item)
     {
         const item_stages<Shape> of(item, (int)moe_packed_blocks(args.intermediate));
 #pragma unroll 1
         for (int i = 0; i < of.sums + of.lent; i++) {
             if (warp == stage.at) {
+                send_tile(); // of a stage that brought sums only the word that they have been read
                 wait_empty();
                 if (i < of.sums)
                     load_sums(item, i);

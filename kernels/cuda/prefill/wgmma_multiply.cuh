@@ -34,28 +34,16 @@ template <typename T, class Shape> struct ffn_multiplier {
         moe_barrier_wait(shared + Shape::FULL + stage.at * 8, stage.parity);
     }
 
-    // A stage is empty when both blocks of a pair have read it, for each brings some of it to both.
+    // A stage is empty when both blocks of a pair have read it, for each brings some of it to both. They are told at
+    // once: or the one that hears first could be back before the other has heard.
     __device__ void release() const
     {
         const uint32_t empty = shared + Shape::EMPTY + stage.at * 8;
         if constexpr (Shape::PAIRED) {
-            static_assert(Shape::WARP_READS == 1);
             if (thread % 32 < Shape::BLOCKS)
                 moe_cluster_barrier_arrive(empty, thread % 32);
         } else if (thread % 32 == 0) {
-            moe_barrier_arrive_as(empty, Shape::WARP_READS);
-        }
-    }
-
-    // The same where lanes have read for themselves. One that arrives for all behind a barrier of theirs would do, as
-    // it does in pairs, but racecheck does not see an order through two barriers.
-    __device__ void release_own() const
-    {
-        if constexpr (Shape::WARP_READS > 1) {
-            moe_barrier_arrive(shared + Shape::EMPTY + stage.at * 8);
-        } else {
-            __syncwarp(); // all lanes have read
-            release();
+            moe_barrier_arrive(empty);
         }
     }
 
@@ -107,10 +95,22 @@ template <typename T, class Shape> struct ffn_multiplier {
         moe_fence_async_shared();
         __syncwarp();
         if (thread % 32 == 0)
-            moe_barrier_arrive(shared + Shape::WRITTEN + at * 8);
+            moe_barrier_arrive_as(shared + Shape::WRITTEN + at * 8, 32);
     }
 
     // ---- Sums of an item that is cut, as registers hold them: 16 bytes of each thread after another's ----
+
+    // Of a stage that brought others' sums: each lane says that it has read its own. One of them for all behind a
+    // barrier of their warp would do, but racecheck does not see an order through two barriers. In two branches, or the
+    // compiler has a register too few in pairs.
+    __device__ __forceinline__ void pass_back_sums() const
+    {
+        const uint32_t written = shared + Shape::WRITTEN + stage.at * 8;
+        if (thread % 32 == 0)
+            moe_barrier_arrive(written);
+        else
+            moe_barrier_arrive(written);
+    }
 
     // That this warp has left its sums, or has none. All lanes store: were it one of them, the compiler would no longer
     // take the place in the ring for the same in all, and multiply() would move matrix descriptors between products.
@@ -166,7 +166,7 @@ template <typename T, class Shape> struct ffn_multiplier {
                         e[3] += v.w;
                     }
                 }
-                release_own();
+                pass_back_sums();
                 stage.next(Shape::STAGES);
             }
     }
@@ -296,7 +296,7 @@ template <typename T, class Shape> struct ffn_multiplier {
                 break;
             const item_stages<Shape> of(item, item.gemm2 ? blocks2 : blocks1);
             if (!has_weights<Shape>(args, item, half)) {
-                go_along(of.blocks + of.sums, of.lent);
+                go_along(of.blocks, of.sums + of.lent);
                 if (of.leaves_sums())
                     say_summed(item);
                 continue;
