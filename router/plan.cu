@@ -3,9 +3,9 @@
 // each block. The blocks first count their ranges; then each adds up the counts of the blocks before it, which says
 // where its rows of each group begin, and places its pairs. Few pairs do both in one launch, by one block or by a
 // cluster of blocks, which read each other's counts in shared memory; many need two launches, between which the counts
-// lie in the scratch. Very few tokens get a kernel that chooses their ids as well, and sorts them by simpler means
-// (where decode's FFN does not do that itself); many whose ids are chosen just before get one that goes by a tally
-// (plan_tally.cu).
+// lie in the scratch. Up to some hundred tokens get a kernel that chooses their ids as well, and sorts them by simpler
+// means (where decode's FFN does not do that itself); more whose ids are chosen just before get one that goes by a
+// tally (plan_tally.cu).
 //
 // A block places a tile of pairs at a time, one pair a thread: a warp ranks its 32 pairs among themselves, a sum over
 // the warps before it ranks the warp. So a tile costs a few hundred cycles of latency, whatever the routing.
@@ -22,7 +22,8 @@ namespace
 // A thread looks after these groups: threadIdx.x + blockDim.x * i.
 constexpr int PER_THREAD = MOE_MAX_EXPERTS / THREADS;
 
-// What a cluster has: as many blocks as every device with clusters can run, or as many as a device may have.
+// What a cluster has: as many blocks as every device with clusters can run; a large one more than that, for which a
+// kernel has to be allowed to have clusters of a size that is not portable.
 constexpr int CLUSTER = 8, LARGE_CLUSTER = 16;
 
 // Up to this many pairs a block, one launch is quicker than two, which share the stores among all SMs: of rows all over
@@ -33,14 +34,14 @@ constexpr int64_t WHOLE_PAIRS = THREADS;
 // around: that takes about as long as the instructions of four tokens, instead of one, on each scheduler.
 constexpr int64_t ALONE_TOKENS = 16;
 
-// More tokens than this are chosen for by a large cluster, if there is one: with 256 that takes 1.3 us less, with 128
+// More tokens than this are chosen for by a large cluster, if there is one: with 256 that takes 1 us less, with 128
 // nothing worth more SMs at the same time.
 constexpr int64_t LARGE_TOKENS = 128;
 
 // Experts are chosen here for up to so many tokens a block, 256 in a cluster, 512 in a large one: a bit each in a word.
 // With more, what a block's schedulers have to issue takes longer than another launch, which spreads the tokens over
 // all SMs. A thread has one (token, slot) pair at most, and one expert. The block is small enough to be there while the
-// kernel of the logits still runs.
+// kernel of the logits still runs, where that does not have all of an SM's shared memory.
 constexpr int64_t CHOOSING_TOKENS = 32;
 constexpr int CHOOSING_THREADS = 512;
 constexpr int CHOOSING_EXPERTS = CHOOSING_THREADS;
@@ -316,7 +317,7 @@ inline int most_blocks(const moe_gpu &gpu)
     return gpu.dependent && moe_built_for_90() && sms >= CLUSTER && 2 * sms >= gpu.sms ? CLUSTER : 1;
 }
 
-// The same where experts are chosen. Who says that there are not all SMs gets no large cluster.
+// The same where experts are chosen. A caller that bounds the SMs gets no large cluster.
 inline int choosing_blocks(int64_t tokens, const moe_gpu &gpu)
 {
     const int blocks = tokens <= ALONE_TOKENS ? 1 : most_blocks(gpu);

@@ -12,13 +12,15 @@ moe_status moe_cuda_probe(int32_t *cluster, struct moe_error *err)
     struct cudaFuncAttributes attributes;
     const cudaError_t e = cudaFuncGetAttributes(&attributes, probe_kernel);
     if (e == cudaSuccess) {
-        // More than 8 takes leave, and a device that has so many SMs side by side.
+        // Of blocks that leave no room for a second one, if SMs are few. More than 8 of them have to be allowed.
         cudaLaunchConfig_t config = {};
-        config.gridDim = config.blockDim = 32;
+        config.gridDim = 32;
+        config.blockDim = 512;
+        config.dynamicSmemBytes = 48 * 1024;
         int most = 0;
         cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
         *cluster = cudaOccupancyMaxPotentialClusterSize(&most, probe_kernel, &config) == cudaSuccess ? most : 1;
-        cudaGetLastError(); // before 9.0 there are none
+        cudaGetLastError(); // before 9.0 there are no clusters, and that is an error
         return MOE_OK;
     }
     cudaGetLastError();

@@ -9,8 +9,10 @@ in shared memory of which one can only ask for a phase's parity: who is two phas
 Whether that can happen depends on timing that no GPU shows at will. Here each loading warp and each multiplying
 warpgroup is a generator that yields what it waits for, a schedule drawn from the seed picks who goes on, some of them
 slow, and copies are complete when the schedule says so. What loads and multiplies follows the kernel's functions of the
-same names, step by step: who changes those changes these. Not in the model: lanes, each of which waits for itself, the
-order of memory, and the barriers by which a pair's first block sends numbers (here a list).
+same names, step by step: who changes those changes these. Arrivals at the other block of a pair come there some time
+later, in the order in which they were sent; were they to overtake each other, EMPTY would get too many. Not in the
+model: lanes, each of which waits for itself, the order of memory, and the barriers by which a pair's first block sends
+numbers (here a list).
 
 Each seed draws a layer and a grid, and must come to its end with every item done once, of its own operands. Then known
 mistakes are made in the model, and each must be found, or the model could not tell a right protocol from a wrong one.
@@ -175,6 +177,15 @@ class Block:
         self.next = None
         self.content = [{} for _ in range(STAGES)]
         self.pair = [self]
+        self.sent = []  # arrivals on their way to the other block
+
+    def tell_empty(self, block, stage, times):
+        """Arrives on EMPTY of this block or of the other one."""
+        if block is self:
+            block.empty[stage].arrive(times)
+            return
+        self.sent.append(lambda: block.empty[stage].arrive(times))
+        self.layer.copies.append(lambda: self.sent.pop(0)())
 
 
 class Part:
@@ -212,12 +223,15 @@ class Loader(Part):
         if self.layer.mistake != "sent unwritten":
             yield self.block.written[self.warp].waiting(self.lent_parity)
         self.lent_parity ^= 1
+        yield from self.give_back()
+        self.state = UNSETTLED if self.tile >= 0 else OWN
+
+    def give_back(self):
         first = 0 if self.layer.mistake == "other first" else self.block.rank
         for block in self.block.pair[first:] + self.block.pair[:first]:
-            block.empty[self.warp].arrive(8)
+            self.block.tell_empty(block, self.warp, 8)
             if self.pause():
                 yield None
-        self.state = UNSETTLED if self.tile >= 0 else OWN
 
     def settle(self):
         if self.state == UNSETTLED:
@@ -339,6 +353,7 @@ class Loader(Part):
                 number = block.numbers.pop(0)
             else:
                 number, block.next = block.next, None
+            expect(number is not None, "no item has been taken")
             item = Item(layer, number, block.rank)
             if number >= layer.count or layer.blocks == 1 or item.rows > 0:
                 break
@@ -377,10 +392,13 @@ class Multiplier(Part):
 
     def release(self):
         for block in self.block.pair:
-            block.empty[self.stage.at].arrive(4)
+            self.block.tell_empty(block, self.stage.at, 4)
 
     def pass_back(self):
         self.block.written[self.stage.at].arrive(4)
+
+    def pass_back_sums(self):
+        self.pass_back()
 
     def go_along(self, blocks, lent):
         for i in range(blocks + lent):
@@ -414,7 +432,7 @@ class Multiplier(Part):
             yield from self.wait_full()
             if item.steps > at % SUM_STAGES * most:
                 self.holds(("sums", self.half), (item.number, at))
-            self.pass_back()
+            self.pass_back_sums()
             self.stage.next()
 
     def finish(self, item, of):
@@ -502,7 +520,7 @@ def run(model, seed, mistake=None):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("items")
-    parser.add_argument("--seeds", type=int, nargs=2, default=(0, 500))
+    parser.add_argument("--seeds", type=int, nargs=2, default=(0, 1000))
     args = parser.parse_args()
     model = ctypes.CDLL(args.items)
     seeds = range(*args.seeds)

@@ -18,7 +18,7 @@ static volatile int32_t *stop, *running; /* of test_hold_sms: one number, and on
 static const struct batch {
     int64_t tokens;
     bool routed; /* by the caller */
-} batches[] = {{1, false}, {16, false}, {64, false}, {64, true}};
+} batches[] = {{1, false}, {16, false}, {64, false}, {64, true}, {200, false}};
 
 static void wait_a_moment(void)
 {

@@ -164,15 +164,16 @@ static void check(const struct plan_case *c)
             int region = 0;
             while (region + 1 < memory.regions && memory.offset[region + 1] <= i)
                 region++;
-            fail_msg("%s, %lld tokens, %d slots, %d experts, %d groups, max_sms %d: byte %lld of %s is %02x, expected "
-                     "%02x",
-                     c->what, (long long)c->tokens, c->slots, c->experts, c->groups, c->max_sms,
+            fail_msg("%s, %lld tokens, %d slots, %d experts, %d groups, max_sms %d, clusters of up to %d: byte %lld of "
+                     "%s is %02x, expected %02x",
+                     c->what, (long long)c->tokens, c->slots, c->experts, c->groups, c->max_sms, c->cluster,
                      (long long)i - (long long)memory.offset[region], names[region], (unsigned char)memory.host[i],
                      (unsigned char)memory.expected[i]);
         }
 }
 
-static const int64_t token_counts[] = {1, 7, 33, 129, 255, 256, 257, 511, 513, 1000, 1025, 4096, 5000, 16384, 65537};
+static const int64_t token_counts[] = {1,   7,   33,   129,  255,  256,  257,   511,
+                                       512, 513, 1000, 1025, 4096, 5000, 16384, 65537};
 static const int32_t expert_counts[] = {1, 8, 60, 64, 128, 160, 256, 512, 513, 1024, MOE_MAX_EXPERTS};
 static const int32_t slot_counts[] = {8, 1, 2, 10, 4, 16, 33, MOE_MAX_TOP_K};
 static const int32_t sm_counts[] = {0, 0, 1, 3, 17, 1000};
@@ -305,7 +306,7 @@ static void run_chosen(struct plan_case *c, size_t number)
 static void run_clusters(struct plan_case *c, size_t number)
 {
     run_chosen(c, number);
-    if (c->cluster > 8) {
+    if (c->cluster > 8 && c->max_sms == 0 && c->tokens <= 1000) {
         c->cluster = 8;
         run_chosen(c, number);
     }
@@ -315,6 +316,32 @@ static void chosen_ids(void **state)
 {
     (void)state;
     for_each_case(17 << 20, true, run_clusters);
+}
+
+/* At the bounds of what a cluster takes: in tokens and pairs, with a block that has no tokens or one, with experts that
+ * are no multiple of a warp. */
+static void chosen_by_all_sms(void **state)
+{
+    (void)state;
+    static const struct {
+        int64_t tokens;
+        int32_t slots, experts;
+    } shapes[] = {{512, 16, 512}, {512, 16, 60}, {512, 17, 60}, {513, 1, 60}, {257, 8, 8},   {130, 1, 1},
+                  {129, 32, 160}, {300, 10, 60}, {128, 8, 60},  {256, 8, 60}, {256, 32, 33}, {481, 4, 128}};
+    /* On a whole GPU of this kind it is known. */
+    if (ctx->exec.compute_capability == 90 && ctx->exec.sms >= 132)
+        assert_int_equal(ctx->exec.cluster, 16);
+    for (size_t number = 0; number < 3 * COUNT(shapes); number++) { /* with logits of each kind */
+        const size_t s = number / 3;
+        struct plan_case c = {.tokens = shapes[s].tokens,
+                              .experts = shapes[s].experts,
+                              .groups = shapes[s].experts,
+                              .slots = shapes[s].slots,
+                              .cluster = ctx->exec.cluster,
+                              .ids_dtype = MOE_I32};
+        seed = number;
+        run_clusters(&c, number);
+    }
 }
 
 /* ---- By a tally, whose ranges are whatever its writer likes ---- */
@@ -371,6 +398,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(given_ids),
         cmocka_unit_test(chosen_ids),
+        cmocka_unit_test(chosen_by_all_sms),
         cmocka_unit_test(by_tally),
     };
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);

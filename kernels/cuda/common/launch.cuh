@@ -24,9 +24,9 @@ static inline bool moe_has_wgmma(int32_t compute_capability)
 }
 
 // kernel<<<grid, block, shared, stream>>>(args...) in clusters of `cluster` blocks, of which grid.x is a multiple: 1,
-// or on a device of compute capability 9.0 up to 8, or as many as it can have where the kernel has leave. `dependent`
-// (the device is one): the kernel may start before the one ahead of it in the stream has finished, and must call
-// moe_grid_wait() (ptx.cuh). moe_launched() tells how it went.
+// or on a device of compute capability 9.0 up to 8, or more where the kernel may have clusters of a size that is not
+// portable. `dependent` (the device is one): the kernel may start before the one ahead of it in the stream has
+// finished, and must call moe_grid_wait() (ptx.cuh). moe_launched() tells how it went.
 template <typename... Params, typename... Args>
 void moe_launch_cluster(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim3 block, size_t shared, void *stream,
                         bool dependent, const Args &...args)

@@ -147,8 +147,9 @@ template <class Shape> struct ffn_loader {
         return static_cast<lent_tile *>(__cvta_shared_to_generic(shared + Shape::TILES)) + warp;
     }
 
-    // By one thread of the stage's warp, for all who would have read the stage. In a pair first to this block: where
-    // both have been heard nobody is left to be heard there.
+    // By one thread of the stage's warp, for all who would have read the stage. In a pair to its own block first, where
+    // only this warp waits, and goes on when it has told the other block, too. Were that told first, it could use the
+    // stage and come back to it before this block has heard.
     __device__ __forceinline__ void give_back() const
     {
         const uint32_t empty = shared + Shape::EMPTY + warp * 8;
@@ -367,7 +368,7 @@ template <class Shape> struct ffn_loader {
 #pragma unroll 1
         for (int i = 0; i < of.sums + of.lent; i++) {
             if (warp == stage.at) {
-                send_tile(); // of a stage that brought sums only the word that they have been read
+                send_tile(); // nothing but the word that sums have been read, if the stage brought some
                 wait_empty();
                 if (i < of.sums)
                     load_sums(item, i);

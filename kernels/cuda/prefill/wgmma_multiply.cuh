@@ -100,9 +100,9 @@ template <typename T, class Shape> struct ffn_multiplier {
 
     // ---- Sums of an item that is cut, as registers hold them: 16 bytes of each thread after another's ----
 
-    // Of a stage that brought others' sums: each lane says that it has read its own. One of them for all behind a
-    // barrier of their warp would do, but racecheck does not see an order through two barriers. In two branches, or the
-    // compiler has a register too few in pairs.
+    // Of a stage that brought others' sums: each lane says that it has read its own. One of them for all behind
+    // __syncwarp() would do, but racecheck does not see the order that this makes. In two branches, or the compiler has
+    // a register too few in pairs.
     __device__ __forceinline__ void pass_back_sums() const
     {
         const uint32_t written = shared + Shape::WRITTEN + stage.at * 8;
