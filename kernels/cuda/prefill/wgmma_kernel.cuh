@@ -32,7 +32,8 @@
 // (moe_item.joint), of which a multiplying warpgroup has 64 weight rows, and up to 256 tokens to a product.
 //
 // A slice of an item that is cut leaves its sums in memory, and each of its warps sets a flag when it has. The loading
-// warps of the last slice wait for all flags of the others and bring those sums through the ring, behind its operands.
+// warps of the last slice wait for all flags of the others and bring those sums through the ring, behind its operands,
+// in stages that are lent as well: threads read them.
 //
 // Items (items.h) are taken from one counter, in order. Those of GEMM 2 come after all those of GEMM 1 whose results
 // they read, so that what an item waits for is always done or being done, on however few blocks the grid runs. What an

@@ -35,7 +35,8 @@ template <typename T, class Shape> struct ffn_multiplier {
     }
 
     // A stage is empty when both blocks of a pair have read it, for each brings some of it to both. They are told at
-    // once: or the one that hears first could be back before the other has heard.
+    // once, or the one that hears first could be back before the other has heard; and that rests on arrivals at the
+    // other block not overtaking each other on their way, which PTX does not promise.
     __device__ void release() const
     {
         const uint32_t empty = shared + Shape::EMPTY + stage.at * 8;
