@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gate on the GPU: logits on tensor cores (with FMAs where dtypes or sizes rule those out), which also set memory
-// of later steps to zero; then the top-k of each token in one warp.
+// The gate on the GPU: logits on tensor cores (with FMAs where dtypes or sizes rule those out; of many tokens see
+// logits_wgmma.cu), which also set memory of later steps to zero; then the top-k of each token in one warp.
 #include <type_traits>
 
 #include "kernels/cuda/common/dtype.cuh"
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/ptx.cuh"
+#include "router/logits_wgmma.h"
 #include "router/place.cuh"
 #include "router/tally.cuh"
 #include "router/topk.cuh"
@@ -19,10 +20,9 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 //
 // The hidden dimension is cut into SLICES equal slices. A block takes up to 16 MI tokens x 8 NI experts; its warp w
 // takes slice w of them all, so that no byte enters an SM twice for a tile, and the slices' sums are added in order.
-// Operands go from memory straight to registers, of large tiles by way of shared memory: a lane loads 16 bytes of row
-// lane / 4, columns 8 (lane % 4) on of 32, which is what it multiplies in two mma.m16n8k16, if the columns of a product
-// are counted as memory has them for this lane. The order does not matter to a sum of products as long as both operands
-// agree; and neither the tile nor the batch changes it, so a token gets the same bits in any batch.
+// Operands go from memory straight to registers: a lane loads 16 bytes of row lane / 4, columns 8 (lane % 4) on of 32,
+// which is what it multiplies in two mma.m16n8k16, if the columns of a product are counted as memory has them for this
+// lane. The order does not matter to a sum of products as long as both operands agree; and the tile does not change it.
 
 constexpr int SLICES = 8;
 constexpr int STEP = 32; // columns of a row that four lanes load at once
@@ -43,10 +43,10 @@ struct tiling {
     int slice;      // columns
 };
 
-// A tile has tokens <= 16 MI and experts <= 8 NI. AHEAD steps are on their way at any time, in registers or, if STAGED,
-// in shared memory, where there is room for more: each thread for itself, so that nobody waits for another. HALF, with
-// MI = 1: it has at most 8 tokens, whose rows are rows 8 to 15 of the product as well.
-template <typename T, int MI, int NI, int AHEAD, int BLOCKS, bool HALF, bool STAGED>
+// A tile has tokens <= 16 MI and experts <= 8 NI. AHEAD steps are on their way at any time, each thread for itself, so
+// that nobody waits for another. HALF, with MI = 1: it has at most 8 tokens, whose rows are rows 8 to 15 of the product
+// as well.
+template <typename T, int MI, int NI, int AHEAD, int BLOCKS, bool HALF>
 __global__ void __launch_bounds__(SLICES * 32, BLOCKS) logits_tensor(const moe_gate_args args, const tiling cut)
 {
     constexpr int PIECES = MI * NI;         // m16n8
@@ -55,10 +55,6 @@ __global__ void __launch_bounds__(SLICES * 32, BLOCKS) logits_tensor(const moe_g
     static_assert(PIECES % ROUND == 0, "pieces are added up in rounds");
     __shared__ float4 parts[ROUND][SLICES][32];
     static_assert(PIECES > 1 || sizeof parts == MOE_LOGITS_SHARED_BYTES, "others count on it");
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-    if (STAGED) // where it is not launched
-        return;
-#endif
     moe_grid_launch_dependents();
 
     // The gate's rows and x come as far as L2, all of them once, by the first blocks: while whoever makes x is still at
@@ -99,7 +95,7 @@ __global__ void __launch_bounds__(SLICES * 32, BLOCKS) logits_tensor(const moe_g
         // Step a of a round is multiplied, then its registers take the same step of the round at `next`; `whole`: all
         // of that round is in the slice. Columns past the slice count as zero.
         float sum[MI][NI][4] = {};
-        uint4 xv[STAGED ? 1 : AHEAD][ROWS], wv[STAGED ? 1 : AHEAD][NI];
+        uint4 xv[AHEAD][ROWS], wv[AHEAD][NI];
         const auto load = [&](int a, int next, auto whole) {
             const char *x_at = x + next * sizeof(T), *gate_at = gate + next * sizeof(T);
             const bool there = whole.value || next + a * STEP + quad * 8 < end;
@@ -117,40 +113,7 @@ __global__ void __launch_bounds__(SLICES * 32, BLOCKS) logits_tensor(const moe_g
                 for (int i = 0; i < MI; i++)
                     multiply<T>(sum[i][j], xv[a][2 * i], xv[a][HALF ? 0 : 2 * i + 1], wv[a][j]);
         };
-        if constexpr (STAGED) {
-            extern __shared__ uint4 staged[]; // [AHEAD][ROWS + NI][threads]
-            const auto fetch = [&](int stage, int next) {
-                uint4 *const to = staged + stage * (ROWS + NI) * SLICES * 32 + threadIdx.x;
-                const bool there = next + quad * 8 < end;
-                const int64_t at = there ? next * (int64_t)sizeof(T) : 0; // of columns past the slice nothing is read
-#pragma unroll
-                for (int i = 0; i < ROWS; i++)
-                    moe_cp_async(to + i * SLICES * 32, x + x_row[i] + at, there ? 16 : 0);
-#pragma unroll
-                for (int j = 0; j < NI; j++)
-                    moe_cp_async(to + (ROWS + j) * SLICES * 32, gate + gate_row[j] + at, there ? 16 : 0);
-                moe_cp_async_commit();
-            };
-#pragma unroll
-            for (int a = 0; a < AHEAD; a++)
-                fetch(a, begin + a * STEP);
-            int stage = 0;
-#pragma unroll 1
-            for (int next = begin; next < end; next += STEP) {
-                moe_cp_async_wait<AHEAD - 1>();
-                const uint4 *const from = staged + stage * (ROWS + NI) * SLICES * 32 + threadIdx.x;
-#pragma unroll
-                for (int i = 0; i < ROWS; i++)
-                    xv[0][i] = from[i * SLICES * 32];
-#pragma unroll
-                for (int j = 0; j < NI; j++)
-                    wv[0][j] = from[(ROWS + j) * SLICES * 32];
-                multiply_step(0);
-                fetch(stage, next + AHEAD * STEP);
-                stage = stage + 1 == AHEAD ? 0 : stage + 1;
-            }
-            moe_cp_async_wait<0>();
-        } else if constexpr (PIECES == 1) {
+        if constexpr (PIECES == 1) {
             // With so little to do it takes longest to fetch the instructions: so they are here only once.
 #pragma unroll 1
             for (int next = begin; next < end; next += AHEAD * STEP) {
@@ -219,8 +182,7 @@ inline int64_t rows_per_sm(const struct moe_gate_args *args, int sms, int tokens
     return moe_ceil_div(tiles, sms) * (tokens + experts);
 }
 
-// STAGES: steps on their way through shared memory, where there is as much of it as compute capability 9.0 has.
-template <typename T, int MI, int NI, int AHEAD, int BLOCKS, int STAGES = 0, bool HALF = false> struct tensor_tile {
+template <typename T, int MI, int NI, int AHEAD, int BLOCKS, bool HALF = false> struct tensor_tile {
     enum { TOKENS = HALF ? 8 : 16 * MI, EXPERTS = 8 * NI };
 
     static void launch(const struct moe_gate_args *args, const struct moe_gpu *gpu, int tokens, int experts)
@@ -229,15 +191,7 @@ template <typename T, int MI, int NI, int AHEAD, int BLOCKS, int STAGES = 0, boo
         const unsigned grid = moe_grid(tiles, gpu->max_sms, gpu->sms, BLOCKS);
         const int64_t slice = moe_ceil_div(moe_ceil_div(args->hidden, STEP), SLICES) * STEP;
         const tiling cut = {tokens, experts, (int)moe_ceil_div(args->experts, experts), (uint32_t)tiles, (int)slice};
-        if constexpr (STAGES > 0)
-            if (gpu->dependent && moe_built_for_90()) {
-                const auto kernel = logits_tensor<T, MI, NI, STAGES, BLOCKS, HALF, true>;
-                constexpr int BYTES = STAGES * (2 * MI + NI) * SLICES * 32 * (int)sizeof(uint4);
-                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
-                moe_launch(kernel, grid, SLICES * 32, BYTES, gpu->stream, gpu->dependent, *args, cut);
-                return;
-            }
-        const auto kernel = logits_tensor<T, MI, NI, AHEAD, BLOCKS, HALF, false>;
+        const auto kernel = logits_tensor<T, MI, NI, AHEAD, BLOCKS, HALF>;
         if (MI * NI == 1 && gpu->dependent) // the FFN's blocks, which need a lot of it, can start beside these
             cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
@@ -245,14 +199,13 @@ template <typename T, int MI, int NI, int AHEAD, int BLOCKS, int STAGES = 0, boo
     }
 };
 
-// All but the smallest tiles, which can be cut down. 16 loads or more in flight a thread, as far as registers go, or
-// shared memory: 192 KB.
+// All but the smallest tiles, which can be cut down. 16 loads or more in flight a thread, as far as registers go.
 template <typename T, typename F> void for_each_tile(F f)
 {
-    f(tensor_tile<T, 4, 8, 1, 1, 3>());
-    f(tensor_tile<T, 4, 4, 2, 1, 4>());
-    f(tensor_tile<T, 2, 8, 2, 1, 4>());
-    f(tensor_tile<T, 2, 4, 4, 1, 6>());
+    f(tensor_tile<T, 4, 8, 1, 1>());
+    f(tensor_tile<T, 4, 4, 2, 1>());
+    f(tensor_tile<T, 2, 8, 2, 1>());
+    f(tensor_tile<T, 2, 4, 4, 1>());
     f(tensor_tile<T, 2, 2, 2, 2>());
     f(tensor_tile<T, 2, 1, 4, 2>());
 }
@@ -282,8 +235,8 @@ template <typename T> void launch_tensor(const struct moe_gate_args *args, const
             consider(t, e);
 
     // Eight steps of a slice are on their way at once, or as many as it has, if 12 are enough for that.
-    typedef tensor_tile<T, 1, 1, 8, 2, 0, true> half;
-    typedef tensor_tile<T, 1, 1, 12, 2, 0, true> half_12;
+    typedef tensor_tile<T, 1, 1, 8, 2, true> half;
+    typedef tensor_tile<T, 1, 1, 12, 2, true> half_12;
     const int64_t steps = moe_ceil_div(args->hidden, STEP * SLICES);
     if (tokens <= half::TOKENS)
         (steps > 8 && steps <= 12 ? half_12::launch : half::launch)(args, gpu, tokens, experts);
@@ -433,6 +386,9 @@ moe_status launch_topk(const struct moe_gate_args *args, const struct moe_tally 
         return MOE_OK;
     const unsigned grid = moe_grid(moe_ceil_div(args->tokens, tally.range), gpu->max_sms, gpu->sms, 8);
     moe_with_experts_a_lane<MOE_MAX_EXPERTS / 32>(args->experts, [&](auto per) {
+        if (gpu->dependent) // beside the logits' blocks, which need a lot of it
+            cudaFuncSetAttribute(topk_kernel<per.value>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
         moe_launch(topk_kernel<per.value>, grid, warps * 32, 0, gpu->stream, gpu->dependent, *args, tally);
     });
     return moe_launched(NULL, "topk");
@@ -454,7 +410,8 @@ moe_status moe_logits_cuda(const struct moe_gate_args *args, const struct moe_gp
             typedef decltype(w) W;
             if constexpr (sizeof(X) == 2 && std::is_same<X, W>::value) {
                 if (aligned) {
-                    launch_tensor<X>(args, gpu);
+                    if (!moe_logits_wgmma_pays(args, gpu) || !moe_logits_wgmma(args, gpu))
+                        launch_tensor<X>(args, gpu);
                     return;
                 }
             }

@@ -378,9 +378,9 @@ typedef struct moe_batch {
     float *topk_weights_out;   /* [tokens, top_k of the layer] */
 
     moe_path path;             /* MOE_PATH_AUTO: chosen from device, shape and tokens */
-    /* CUDA: the most SMs to use, 0: all. A hint: the cublas paths ignore it. On compute capability 9.0 routing up to
-     * 512 tokens, or the plan of given ids, may wait for up to 16 SMs that are free at the same time. With a bound of
-     * less than half of all SMs it does not: give one beside kernels that hold SMs until this forward has ended. */
+    /* CUDA: the most SMs to use, 0: all. A hint: the cublas paths ignore it. On compute capability 9.0 routing, or the
+     * plan of given ids, may wait for up to 16 SMs that are free at the same time. With a bound of less than half of all
+     * SMs it does not: give one beside kernels that hold SMs until this forward has ended. */
     int32_t max_sms;
     int32_t config;            /* of the path, numbered from 1 (moe_path_config_name); 0: chosen for the batch */
 } moe_batch;

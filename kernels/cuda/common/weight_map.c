@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "kernels/cuda/common/weight_map.h"
 
-#include "kernels/cuda/prefill/tensor_map.h"
+#include "kernels/cuda/common/tensor_map.h"
 #include "kernels/packed.h"
 
 /* Eights of rows, of gate and of up in turn. */

@@ -3,9 +3,9 @@
 #include "kernels/cuda/prefill/wgmma.cuh"
 
 #include "kernels/cuda/common/launch.cuh"
+#include "kernels/cuda/common/tensor_map.h"
 #include "kernels/cuda/common/tiles.h"
 #include "kernels/cuda/common/weight_map.h"
-#include "kernels/cuda/prefill/tensor_map.h"
 #include "kernels/cuda/prefill/wgmma_kernel.cuh"
 
 namespace
@@ -171,16 +171,19 @@ const char *moe_wgmma_tile_name(int32_t tile)
 // shorter stages and finished tiles suit the time when reading weights is what counts, by up to 1.3 %. But that time
 // ends early where a few groups have most of the rows: from SMALL on large tiles are up to 8 % faster then. Reading
 // hides the gather, too, until the first groups have two tiles. Then, as long as two are enough for most, pairs of
-// blocks read each weight once.
+// blocks read each weight once. Of many tiles a group they are up to 1 % faster again, if items are long; otherwise it
+// costs more that tiles and bands come in twos.
 int32_t moe_wgmma_tile(const struct moe_call *call)
 {
-    constexpr int SMALL = 24, ONE_TILE = 165, TWO_TILES = 320; // rows, as measured
+    constexpr int SMALL = 24, ONE_TILE = 165, TWO_TILES = 320, MANY_TILES = 1024; // rows, as measured
+    constexpr int LONG = 4096;                                                    // intermediate
     const int64_t rows = call->tokens * call->slots / call->plan.groups;
     if (rows <= SMALL)
         return TILE_128;
     if (rows < ONE_TILE || !ordering_pays(call))
         return TILE_192;
-    return rows <= TWO_TILES && blocks_of(call) > 1 ? TILE_192_PAIR : TILE_192_ROWS;
+    const bool pairs = rows <= TWO_TILES || (rows >= MANY_TILES && call->intermediate >= LONG);
+    return pairs && blocks_of(call) > 1 ? TILE_192_PAIR : TILE_192_ROWS;
 }
 
 size_t moe_scratch_prefill_wgmma(const struct moe_call *call)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The driver's function is looked up at run time: linked to libcuda, the library would not load without a driver. */
-#include "kernels/cuda/prefill/tensor_map.h"
+#include "kernels/cuda/common/tensor_map.h"
 
 #include <cudaTypedefs.h>
 #include <cuda_runtime_api.h>
