@@ -410,7 +410,7 @@ moe_status moe_logits_cuda(const struct moe_gate_args *args, const struct moe_gp
             typedef decltype(w) W;
             if constexpr (sizeof(X) == 2 && std::is_same<X, W>::value) {
                 if (aligned) {
-                    if (!moe_logits_wgmma_pays(args, gpu) || !moe_logits_wgmma(args, gpu))
+                    if (!moe_logits_wgmma_pays(args, gpu) || !moe_logits_wgmma(args, gpu, NULL))
                         launch_tensor<X>(args, gpu);
                     return;
                 }

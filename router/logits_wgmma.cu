@@ -28,6 +28,7 @@ namespace
 constexpr int COLS = 64, ROW_BYTES = COLS * 2; // of a stage
 constexpr int WARPGROUP = 128, M = 64;         // threads and tokens of one
 constexpr int RING_BYTES = 128 * 1024, MOST_STAGES = 16;
+constexpr int MOST_GROUPS = 2; // warpgroups
 constexpr int MOST_SLICES = 8; // a cluster of more blocks is not to be had everywhere
 
 struct logits_args {
@@ -55,8 +56,8 @@ template <int N_, int GROUPS_> struct logits_shape {
     static_assert(STAGE % 1024 == 0 && BYTES <= 227 * 1024);
 };
 
-// Starts the copies of a stage, by one thread: the gate's rows, which are there before the kernel ahead has finished,
-// and x.
+// Starts the copies of a stage, by one thread: the gate's rows, which a forward may read at once (moe_layer_weights in
+// moe.h), and x.
 template <class Shape> struct stage_loader {
     const logits_args &args;
     const uint32_t shared;
@@ -137,7 +138,7 @@ __device__ __forceinline__ void add_slices(const moe_gate_args &args, const floa
         float4 part[MOST_SLICES]; // all on their way at once
 #pragma unroll
         for (int s = 0; s < MOST_SLICES; s++)
-            part[s] = s < slices ? moe_cluster_load4(sums + row * Shape::PITCH + column, s) : float4();
+            part[s] = s < slices ? moe_cluster_load((const float4 *)(sums + row * Shape::PITCH + column), s) : float4();
         float v[VEC] = {part[0].x, part[0].y, part[0].z, part[0].w};
 #pragma unroll
         for (int s = 1; s < MOST_SLICES; s++) {
@@ -191,6 +192,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) logits_many(const __grid_co
             for (int i = 0; i < ahead; i++, first.next(Shape::STAGES))
                 load.gate(first.at, begin + i);
             moe_grid_wait();
+            moe_fence_async(); // what the kernel ahead stored comes before the tensor copies
 #pragma unroll 1
             for (int i = 0; i < ahead; i++, second.next(Shape::STAGES))
                 load.tokens(second.at, begin + i);
@@ -208,53 +210,70 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) logits_many(const __grid_co
         moe_grid_wait(); // those ahead may still read logits
         moe_cluster_wait();
         add_slices<Shape>(args.gate, sums, slices, slice, t0, e0);
-        moe_fence_async_shared(); // sums have been stored and read before the next tile's copies come
+        moe_fence_async(); // sums have been stored, and read by all blocks, before the next tile's copies come
         moe_cluster_arrive();
         moe_cluster_wait();
     }
     moe_set_zeroed(args.gate.zeroed, args.gate.zeroed_bytes);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#error "built for 9.0 without its own instructions this kernel would do nothing: build for 90a"
 #endif
 }
 
 // ---- Host ----
 
-struct tile_choice {
-    int n, groups, slices;
-};
+int sms_of(const struct moe_gpu *gpu)
+{
+    return gpu->max_sms > 0 && gpu->max_sms < gpu->sms ? gpu->max_sms : gpu->sms;
+}
+
+// Experts of a tile.
+int tile_experts(const struct moe_gate_args *args)
+{
+    int n = 256;
+    while (n > 32 && n / 2 >= args->experts)
+        n /= 2;
+    return n;
+}
+
+// Clusters that run at once. Those of more than two blocks leave some SMs unused.
+int64_t clusters_of(int sms, int slices)
+{
+    return std::max((slices > 2 ? sms * 7 / 8 : sms) / slices, 1);
+}
 
 // What a choice is judged by, as measured: the bytes that the busiest SM takes in. Sums cost more than what comes by
-// the copy engine, and when blocks meet that takes time as well. Clusters of more than two blocks leave some SMs
-// unused. Beside two warpgroups on every SM the kernels that come next do not all find room.
-int64_t cost(const struct moe_gate_args *args, int sms, const tile_choice &choice)
+// the copy engine, and when blocks meet that takes time as well. Beside two warpgroups on every SM the kernels that
+// come next do not all find room.
+int64_t cost(const struct moe_gate_args *args, int sms, const struct moe_logits_tile &tile)
 {
     constexpr int64_t MEETING = 64 << 10;
-    const int64_t tokens = choice.groups * M, experts = std::min(args->experts, choice.n), slices = choice.slices;
-    const int64_t tiles = moe_ceil_div(args->tokens, tokens) * moe_ceil_div(args->experts, choice.n);
-    const int64_t operands = (tokens + experts) * ROW_BYTES * moe_ceil_div(moe_ceil_div(args->hidden, COLS), slices);
-    const int64_t sums = slices > 1 ? 2 * tokens * choice.n * 4 * (slices - 1) / slices + MEETING : 0;
-    const int64_t clusters = std::max((slices > 2 ? sms * 7 / 8 : sms) / slices, (int64_t)1);
-    const bool crowded = choice.groups > 1 && std::min(tiles, clusters) * slices > sms * 3 / 4;
+    const int64_t n = tile_experts(args), tokens = tile.groups * M, slices = tile.slices;
+    const int64_t tiles = moe_ceil_div(args->tokens, tokens) * moe_ceil_div(args->experts, n);
+    const int64_t rows = tokens + std::min((int64_t)args->experts, n);
+    const int64_t operands = rows * ROW_BYTES * moe_ceil_div(moe_ceil_div(args->hidden, COLS), slices);
+    const int64_t sums = slices > 1 ? 2 * tokens * n * 4 * (slices - 1) / slices + MEETING : 0;
+    const int64_t clusters = clusters_of(sms, tile.slices);
+    const bool crowded = tile.groups > 1 && std::min(tiles, clusters) * slices > sms * 3 / 4;
     return moe_ceil_div(tiles, clusters) * (operands + sums) * (crowded ? 13 : 10) / 10;
 }
 
 // A cluster needs its SMs at the same time: with a bound of less than half of them there are none (max_sms in moe.h).
-tile_choice choose(const struct moe_gate_args *args, const struct moe_gpu *gpu, int sms)
+struct moe_logits_tile choose(const struct moe_gate_args *args, const struct moe_gpu *gpu)
 {
-    const int most_slices = 2 * sms < gpu->sms ? 1 : std::min({MOST_SLICES, (int)gpu->cluster, sms});
-    tile_choice best = {256, 1, 1};
-    while (best.n > 32 && best.n / 2 >= args->experts)
-        best.n /= 2;
-    for (int groups = 1; groups <= 2; groups++)
-        for (int slices = 1; slices <= most_slices; slices *= 2) {
-            const tile_choice choice = {best.n, groups, slices};
-            if (cost(args, sms, choice) < cost(args, sms, best))
-                best = choice;
+    const int sms = sms_of(gpu), most_slices = 2 * sms < gpu->sms ? 1 : std::min({MOST_SLICES, (int)gpu->cluster, sms});
+    struct moe_logits_tile best = {1, 1};
+    for (int32_t groups = 1; groups <= MOST_GROUPS; groups++)
+        for (int32_t slices = 1; slices <= most_slices; slices *= 2) {
+            const struct moe_logits_tile tile = {groups, slices};
+            if (cost(args, sms, tile) < cost(args, sms, best))
+                best = tile;
         }
     return best;
 }
 
 template <typename T, int N, int GROUPS>
-bool launch(const struct moe_gate_args *gate, const struct moe_gpu *gpu, int sms, int slices)
+bool launch(const struct moe_gate_args *gate, const struct moe_gpu *gpu, int slices)
 {
     typedef logits_shape<N, GROUPS> Shape;
     logits_args args = {};
@@ -273,7 +292,7 @@ bool launch(const struct moe_gate_args *gate, const struct moe_gpu *gpu, int sms
     if (!map(&args.x, gate->x, gate->tokens, Shape::TOKENS) || !map(&args.experts, gate->gate, gate->experts, N))
         return false;
     const auto kernel = logits_many<T, Shape>;
-    const unsigned clusters = (unsigned)std::min((int64_t)args.tiles, (int64_t)(sms / slices));
+    const unsigned clusters = (unsigned)std::min((int64_t)args.tiles, clusters_of(sms_of(gpu), slices));
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::BYTES);
     cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     moe_launch_cluster(kernel, slices, clusters * slices, Shape::THREADS, Shape::BYTES, gpu->stream, gpu->dependent,
@@ -282,19 +301,19 @@ bool launch(const struct moe_gate_args *gate, const struct moe_gpu *gpu, int sms
 }
 
 template <typename T, int N>
-bool launch(const struct moe_gate_args *args, const struct moe_gpu *gpu, int sms, const tile_choice &choice)
+bool launch(const struct moe_gate_args *args, const struct moe_gpu *gpu, const struct moe_logits_tile &tile)
 {
-    return (choice.groups == 1 ? launch<T, N, 1> : launch<T, N, 2>)(args, gpu, sms, choice.slices);
+    return (tile.groups == 1 ? launch<T, N, 1> : launch<T, N, MOST_GROUPS>)(args, gpu, tile.slices);
 }
 
-template <typename T> bool launch(const struct moe_gate_args *args, const struct moe_gpu *gpu)
+template <typename T>
+bool launch(const struct moe_gate_args *args, const struct moe_gpu *gpu, const struct moe_logits_tile &tile)
 {
-    const int sms = gpu->max_sms > 0 && gpu->max_sms < gpu->sms ? gpu->max_sms : gpu->sms;
-    const tile_choice choice = choose(args, gpu, sms);
-    return (choice.n == 32    ? launch<T, 32>
-            : choice.n == 64  ? launch<T, 64>
-            : choice.n == 128 ? launch<T, 128>
-                              : launch<T, 256>)(args, gpu, sms, choice);
+    const int n = tile_experts(args);
+    return (n == 32    ? launch<T, 32>
+            : n == 64  ? launch<T, 64>
+            : n == 128 ? launch<T, 128>
+                       : launch<T, 256>)(args, gpu, tile);
 }
 
 } // namespace
@@ -308,7 +327,8 @@ bool moe_logits_wgmma_pays(const struct moe_gate_args *args, const struct moe_gp
            (args->experts >= SOME_EXPERTS || args->tokens >= MANY_TOKENS);
 }
 
-bool moe_logits_wgmma(const struct moe_gate_args *args, const struct moe_gpu *gpu)
+bool moe_logits_wgmma(const struct moe_gate_args *args, const struct moe_gpu *gpu, const struct moe_logits_tile *tile)
 {
-    return (args->x_dtype == MOE_F16 ? launch<__half> : launch<__nv_bfloat16>)(args, gpu);
+    const struct moe_logits_tile chosen = tile != NULL ? *tile : choose(args, gpu);
+    return (args->x_dtype == MOE_F16 ? launch<__half> : launch<__nv_bfloat16>)(args, gpu, chosen);
 }

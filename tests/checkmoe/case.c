@@ -103,6 +103,18 @@ static void draw_long_sums(struct test_case *c, struct random *random)
     c->tokens = PICK(random, 1, 2, 3, 8, 9, 17, 40);
 }
 
+/* So many tokens that the gate has a kernel of its own for them, with little else to do. */
+static void draw_many_logits(struct test_case *c, struct random *random)
+{
+    c->level = (enum level)PICK(random, LEVEL_FORWARD, LEVEL_STEPS);
+    c->gate_dtype = c->dtype;
+    c->hidden = 8 * random_between(random, 65, 150);
+    c->tokens = (1 << 20) / c->hidden + random_between(random, 1, 300);
+    c->intermediate = 8 * random_between(random, 1, 3);
+    c->experts = (int32_t)PICK(random, 32, 33, 40, 60, 64, 65, 128);
+    c->top_k = c->slots = (int32_t)random_between(random, 1, 3);
+}
+
 /* The second sum so long, and experts of so many rows, that prefill cuts its last items, whole tiles of tokens and
  * bands of weights among them. It is not shrunk, though it costs up to some seconds; `small`: as little as can be. */
 static void draw_cut_items(struct test_case *c, struct random *random, bool small)
@@ -218,6 +230,8 @@ void case_draw(struct test_case *c, uint64_t seed, struct case_kind kind)
 
     if (kind.cut || (!kind.small && eights && random_one_in(&random, 40))) {
         draw_cut_items(c, &random, kind.small);
+    } else if (!kind.small && kind.gpu && eights && random_one_in(&random, 40)) {
+        draw_many_logits(c, &random);
     } else if (!kind.small && random_one_in(&random, 40)) { /* as many experts and slots as there may be */
         c->experts = (int32_t)PICK(&random, 129, 160, 255, 256, 257, 512, 1000, MOE_MAX_EXPERTS);
         c->top_k = (int32_t)random_between(&random, 1, PICK(&random, 32, MOE_MAX_TOP_K));

@@ -75,21 +75,6 @@ static __device__ __forceinline__ bool moe_elect()
     return elected != 0;
 }
 
-// Four floats at p, an address in this block's shared memory, in that of the cluster's block of this number.
-static __device__ inline float4 moe_cluster_load4(const float *p, uint32_t block)
-{
-    uint32_t there;
-    float4 v;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                 : "=r"(there)
-                 : "r"((uint32_t)__cvta_generic_to_shared(p)), "r"(block));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(there)
-                 : "memory");
-    return v;
-}
-
 // ---- Copies by the copy engine: one thread starts them, the barrier counts their bytes ----
 
 // `bytes` and both addresses are multiples of 16.
