@@ -19,6 +19,7 @@
 #include "kernels/cuda/common/launch.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/cuda/common/tensor_map.h"
+#include "kernels/cuda/common/wgmma.cuh"
 #include "router/logits_wgmma.h"
 #include "router/place.cuh"
 

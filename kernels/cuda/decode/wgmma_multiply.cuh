@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/common/activation.cuh"
 #include "kernels/cuda/common/dtype.cuh"
+#include "kernels/cuda/common/wgmma.cuh"
 #include "kernels/cuda/decode/wgmma_block.cuh"
 
 namespace

@@ -15,8 +15,8 @@
  *
  * Two blocks of a cluster can take an item together: two tiles of a group with the same band, whose weights each block
  * brings half of for both; or where a tile is left over two bands of it, whose tokens each brings part of for both. The
- * two tiles of a group of up to `joint` rows they take as one, each with half of the band's rows: that takes least from
- * shared memory, which a broad band with few tokens keeps busier than the tensor cores.
+ * two tiles of a group of up to `joint` rows they take as one, each with half of the band's rows, which has measured
+ * faster.
  *
  * As items are long, workers would end up to an item apart. So the last items of GEMM 2 can be cut into slices of K:
  * first comes the first slice of each, then the second of each, and so on. Whoever has the last one adds the others'
@@ -35,7 +35,7 @@
 
 enum {
     MOE_BAND_ROWS = 2 * MOE_PACKED_ROWS, /* of weights */
-    MOE_ROW_STEP = 16,                   /* rows of tokens are multiplied in multiples of this */
+    MOE_ROW_STEP = 16,                   /* tiles are cut at multiples of so many rows of their group */
     MOE_ITEM_PART = 16,                  /* tiles of a group that go through its bands together */
     MOE_ITEM_TABLE = 256,                /* entries at most */
 };

@@ -5,11 +5,11 @@
 // row-major, rows of GEMM 2 by tensor copies, tokens of GEMM 1 row by row through row_token, or where they have been
 // put into plan order by tensor copies too. Two multiply (wgmma_multiply.cuh): each has 128 of an item's 256 weight
 // rows, as the operand m, and all of its tokens, as n; so a tile of tokens wastes nothing however few they are, up to a
-// step of 16. Between them is a ring of stages in shared memory, 64 columns of both operands each, which goes on from
-// item to item without a pause.
+// step of 8, or of 16 where threads gather. Between them is a ring of stages in shared memory, 64 columns of both
+// operands each, which goes on from item to item without a pause.
 //
-// What L2 can deliver, and the power that it takes, are the limit more than the tensor cores: hence the broad band of
-// weights, with as many sums as the registers hold.
+// What moving data takes, of L2's speed and of the card's power, is the limit more than the tensor cores: hence the
+// broad band of weights, with as many sums as the registers hold.
 //
 // Weight rows alternate between gate and up in eights, which puts the gate and up of a feature into registers of one
 // thread. The finished tile is turned to rows of tokens in stages of the ring, which are lent to the multiplying
@@ -27,9 +27,8 @@
 // Where most groups have two tiles, their weights go through L2 twice, at a rate near all that it has. There clusters
 // of two blocks take an item together: each brings half of the weights, for both. So they go through the ring side by
 // side, and a stage is empty when both have read it. Where both have the same tokens instead each brings part of those
-// for both. With up to 128 tokens to a product shared memory would be slower than the tensor cores, as each product of
-// 64 weight rows reads all tokens again: so a group that is just too large for one tile is one joint tile
-// (moe_item.joint), of which a multiplying warpgroup has 64 weight rows, and up to 256 tokens to a product.
+// for both. A group that is just too large for one tile is one joint tile (moe_item.joint), of which a multiplying
+// warpgroup has 64 weight rows, and up to 256 tokens to a product.
 //
 // A slice of an item that is cut leaves its sums in memory, and each of its warps sets a flag when it has. The loading
 // warps of the last slice wait for all flags of the others and bring those sums through the ring, behind its operands,

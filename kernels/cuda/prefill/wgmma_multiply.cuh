@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/common/activation.cuh"
 #include "kernels/cuda/common/dtype.cuh"
+#include "kernels/cuda/common/wgmma.cuh"
 #include "kernels/cuda/prefill/wgmma_block.cuh"
 
 namespace
@@ -76,18 +77,22 @@ template <typename T, class Shape> struct ffn_multiplier {
         }
     }
 
-    // With the number of tokens, in steps from FIRST to LAST, known to the compiler. Halves: each jump to code that did
-    // not run yet is a wait for memory.
-    template <int M, int FIRST, int LAST>
-    __device__ __forceinline__ void multiply_any(sums<M> &s, int steps, int blocks, bool gathered)
+    // Tokens are multiplied in multiples of this. Where threads gather them tiles come in more sizes and have less to
+    // multiply: there the code of twice as many products, which comes from memory, would take longer than they save.
+    static constexpr int STEP = Shape::ORDERED ? 8 : MOE_ROW_STEP;
+
+    // With the number of tokens, of LEAST to MOST, known to the compiler. Halves: each jump to code that did not run
+    // yet is a wait for memory.
+    template <int M, int LEAST, int MOST>
+    __device__ __forceinline__ void multiply_any(sums<M> &s, int tokens, int blocks, bool gathered)
     {
-        constexpr int MIDDLE = (FIRST + LAST) / 2;
-        if constexpr (FIRST == LAST)
-            multiply<M, FIRST * MOE_ROW_STEP>(s, blocks, gathered);
-        else if (steps <= MIDDLE)
-            multiply_any<M, FIRST, MIDDLE>(s, steps, blocks, gathered);
+        constexpr int MIDDLE = (LEAST + MOST) / (2 * STEP) * STEP;
+        if constexpr (LEAST == MOST)
+            multiply<M, MOST>(s, blocks, gathered);
+        else if (tokens <= MIDDLE)
+            multiply_any<M, LEAST, MIDDLE>(s, tokens, blocks, gathered);
         else
-            multiply_any<M, MIDDLE + 1, LAST>(s, steps, blocks, gathered);
+            multiply_any<M, MIDDLE + STEP, MOST>(s, tokens, blocks, gathered);
     }
 
     // Of the lent stages: each warp says that it has written what it had to.
@@ -267,12 +272,11 @@ template <typename T, class Shape> struct ffn_multiplier {
         go_along(0, lent - 1 - half);
     }
 
-    // An item of FIRST to LAST steps.
-    template <int M, int FIRST, int LAST>
+    // An item of LEAST to MOST tokens, or fewer than a step less.
+    template <int M, int LEAST, int MOST>
     __device__ __forceinline__ void run(const moe_item &item, sums<M> &s, const item_stages<Shape> &of)
     {
-        multiply_any<M, FIRST, LAST>(s, (item.rows + MOE_ROW_STEP - 1) / MOE_ROW_STEP, of.blocks,
-                                     !Shape::ORDERED && !item.gemm2);
+        multiply_any<M, LEAST, MOST>(s, item.rows, of.blocks, !Shape::ORDERED && !item.gemm2);
         if (of.leaves_sums()) {
             leave_sums(item, s);
             return;
@@ -302,16 +306,15 @@ template <typename T, class Shape> struct ffn_multiplier {
                     say_summed(item);
                 continue;
             }
-            constexpr int STEPS = Shape::template STEPS<M_BLOCKS>;
             if constexpr (Shape::PAIRED)
                 if (item.joint) {
                     // Zeros, of no use but that the compiler keeps neither kind of sums while the other one is made.
                     sums<1> joint_sums = {};
-                    run<1, STEPS + 1, Shape::template STEPS<1>>(item, joint_sums, of);
+                    run<1, Shape::NMAX + STEP, Shape::JOINT>(item, joint_sums, of);
                     s = {};
                     continue;
                 }
-            run<M_BLOCKS, 1, STEPS>(item, s, of);
+            run<M_BLOCKS, STEP, Shape::NMAX>(item, s, of);
         }
     }
 };
