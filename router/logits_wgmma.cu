@@ -190,8 +190,10 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) logits_many(const __grid_co
             const int ahead = min(end - begin, Shape::STAGES);
             moe_ring_place first = stage, second = stage;
 #pragma unroll 1
-            for (int i = 0; i < ahead; i++, first.next(Shape::STAGES))
+            for (int i = 0; i < ahead; i++, first.next(Shape::STAGES)) {
+                moe_barrier_wait(load.empty(first.at), first.parity ^ 1); // it is, since the tile before this one
                 load.gate(first.at, begin + i);
+            }
             moe_grid_wait();
             moe_fence_async(); // what the kernel ahead stored comes before the tensor copies
 #pragma unroll 1
